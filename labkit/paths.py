@@ -1,0 +1,96 @@
+"""Where labkit keeps its things: the user's cache, state and runtime directories.
+
+    cache     guest images and packages that they were made from; may be deleted at any time
+    state     disks, saved states, the ledger of what exists
+    runtime   sockets, in a short path of mode 0700 (a unix socket's path holds at most 107 bytes)
+
+`LABKIT_HOME` puts all three below one directory instead, which makes a kit of its own that meets no
+other: tests and graders use it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+import tempfile
+from pathlib import Path
+
+import platformdirs
+
+from labkit.errors import HostError
+
+_RUNTIME_PATH_MAX = 60  # leaves room below it for libvirt's own directories and socket names
+
+
+def home() -> Path | None:
+    """The directory that `LABKIT_HOME` names, or None where the user's own directories are used."""
+    value = os.environ.get("LABKIT_HOME")
+    return Path(value).absolute() if value else None
+
+
+def cache_dir() -> Path:
+    """Guest images and downloads; made if it is not there. `LABKIT_CACHE` overrides it alone."""
+    override = os.environ.get("LABKIT_CACHE")
+    base = home()
+    if override:
+        path = Path(override).absolute()
+    elif base:
+        path = base / "cache"
+    else:
+        path = platformdirs.user_cache_path("labkit")
+    return _made(path)
+
+
+def state_dir() -> Path:
+    """Disks, saved states and the ledger; made if it is not there, mode 0700."""
+    base = home()
+    return _private(base / "state" if base else platformdirs.user_state_path("labkit"))
+
+
+def runtime_dir() -> Path:
+    """Sockets; made if it is not there, mode 0700, ours alone.
+
+    Raises:
+        HostError: somebody else owns the directory, or others may enter it.
+    """
+    base = home()
+    if base and len(os.fsencode(base / "run")) <= _RUNTIME_PATH_MAX:
+        return _private(base / "run")
+    given = os.environ.get("XDG_RUNTIME_DIR")
+    if not base and given and os.access(given, os.W_OK) and len(given) <= _RUNTIME_PATH_MAX - 7:
+        return _private(Path(given) / "labkit")
+    # The name tells apart the kits of one user; whoever else made it first is caught by _private.
+    key = hashlib.sha256(os.fsencode(state_dir())).hexdigest()[:8]
+    return _private(Path(tempfile.gettempdir()) / f"labkit-{os.getuid()}-{key}")
+
+
+def _made(path: Path) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise HostError(
+            f"The directory {path} cannot be made: {exc.strerror}.",
+            mend="Set LABKIT_HOME to a directory that you may write to.",
+        ) from exc
+    return path
+
+
+def _private(path: Path) -> Path:
+    _made(path.parent)
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        seen = path.lstat()
+    except OSError as exc:
+        raise HostError(
+            f"The directory {path} cannot be made: {exc.strerror}.",
+            mend="Set LABKIT_HOME to a directory that you may write to.",
+        ) from exc
+    if not stat.S_ISDIR(seen.st_mode) or seen.st_uid != os.getuid():
+        raise HostError(
+            f"{path} is not a directory of yours (owner: user {seen.st_uid}).",
+            mend="Set LABKIT_HOME to a directory of your own.",
+        )
+    if stat.S_IMODE(seen.st_mode) & 0o077:
+        path.chmod(0o700)
+    return path

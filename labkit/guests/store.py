@@ -1,0 +1,163 @@
+"""Where built guests are kept, so that a half-made one is never seen and two builders do not meet.
+
+    cache/guests/pocket/
+      .lock                held while one process builds
+      current.json         which build is current: the only thing that a look-up reads
+      0f3a…/vmlinux, …     one build, complete, never changed afterwards
+      .building-…/         one in the making; whoever holds the lock next removes it
+
+Older builds stay: a VM that was made from one refers to its files for as long as it exists.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from labkit import paths
+from labkit.guests.image import Image
+from labkit.progress import Progress
+
+_PATHS = ("kernel", "initrd", "disk")
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Record:
+    """What `current.json` says.
+
+    Attributes:
+        image: the image, its files being there when it was written.
+        recipe: the fingerprint of the recipe that made it.
+        inputs: what it was made from: package -> version, or URL -> checksum.
+    """
+
+    image: Image
+    recipe: str
+    inputs: Mapping[str, str]
+
+
+class Store:
+    """The builds of one image.
+
+    Arguments:
+        name: the image's.
+    """
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.directory = paths.cache_dir() / "guests" / name
+        self._pointer = self.directory / "current.json"
+
+    def current(self) -> Record | None:
+        """The current build, or None where there is none or its files are gone. Reads one small file."""
+        try:
+            data = json.loads(self._pointer.read_text())
+            record = _from_json(data, self.directory)
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # no build, or one of another version of labkit: it will be made anew
+        files = (getattr(record.image, field) for field in _PATHS)
+        return record if all(path is None or path.exists() for path in files) else None
+
+    def size(self) -> int:
+        """Bytes that the current build takes on disk (a sparse file counts for what it holds)."""
+        record = self.current()
+        if record is None:
+            return 0
+        files = (getattr(record.image, field) for field in _PATHS)
+        return sum(path.stat().st_blocks * 512 for path in files if path)
+
+    @contextmanager
+    def locked(self, waiting: Progress | None = None) -> Iterator[None]:
+        """Hold the right to build; waits while another process has it. The kernel drops the lock of a dead one."""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        with (self.directory / ".lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if waiting:
+                    waiting.step("waiting for another process that is making it")
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            self._remove_leftovers()
+            yield
+
+    def publish(self, recipe: str, inputs: Mapping[str, str], build: Callable[[Path], Image]) -> Image:
+        """Let `build` fill a fresh directory, then make that the current build in one step.
+
+        The image that `build` returns names files in the directory that it was given. Call it with the lock held.
+        """
+        key = hashlib.sha256(json.dumps([recipe, dict(inputs)], sort_keys=True).encode()).hexdigest()[:16]
+        building = Path(tempfile.mkdtemp(prefix=".building-", dir=self.directory))
+        try:
+            building.chmod(0o755)
+            image = build(building)
+            final = self._move(building, self.directory / key)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+        record = Record(_moved(image, building, final), recipe, inputs)
+        self._write_pointer(record)
+        return record.image
+
+    def _move(self, building: Path, final: Path) -> Path:
+        if final.exists():
+            # The pointer was lost or its files damaged. A VM may use what is there, so leave it where it is.
+            final = Path(tempfile.mkdtemp(prefix=f"{final.name}-", dir=self.directory))
+        os.replace(building, final)
+        return final
+
+    def _write_pointer(self, record: Record) -> None:
+        fresh = self._pointer.with_suffix(".new")
+        fresh.write_text(json.dumps(_to_json(record, self.directory), indent=1) + "\n")
+        os.replace(fresh, self._pointer)
+
+    def _remove_leftovers(self) -> None:
+        for leftover in self.directory.glob(".building-*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _moved(image: Image, old: Path, new: Path) -> Image:
+    changes = {field: new / path.relative_to(old) for field in _PATHS if (path := getattr(image, field))}
+    return dataclasses.replace(image, **changes)
+
+
+def _to_json(record: Record, base: Path) -> dict[str, Any]:
+    image = dataclasses.asdict(record.image)
+    for field in _PATHS:
+        if image[field] is not None:
+            image[field] = str(image[field].relative_to(base))
+    return {"format": _FORMAT, "recipe": record.recipe, "inputs": dict(record.inputs), "image": image}
+
+
+def _from_json(data: dict[str, Any], base: Path) -> Record:
+    if data["format"] != _FORMAT:
+        raise ValueError("written by another version")
+    fields: dict[str, Any] = {**data["image"]}
+    for field in _PATHS:
+        if fields[field] is not None:
+            fields[field] = base / fields[field]
+    for field in ("boots", "firmware"):
+        fields[field] = tuple(fields[field])
+    return Record(Image(**fields), data["recipe"], data["inputs"])
+
+
+def fingerprint(files: Iterable[Path], *more: str) -> str:
+    """A hash of the sources that decide how an image is made: they ship with labkit and change with it."""
+    digest = hashlib.sha256()
+    for path in files:
+        data = path.read_bytes()
+        digest.update(f"{path.name} {len(data)}\n".encode())
+        digest.update(data)
+    for text in more:
+        digest.update(f"{len(text)}\n{text}".encode())
+    return digest.hexdigest()

@@ -81,6 +81,13 @@ def echo(stream: Stream, data: bytes) -> None:
     target.flush()
 
 
+def echo_bytes(stream: Stream, data: bytes) -> None:
+    """An `on_output` that passes output on as it is, for programs that write to a pipe."""
+    target = sys.stdout if stream == "stdout" else sys.stderr
+    target.buffer.write(data)
+    target.buffer.flush()
+
+
 @runtime_checkable
 class Machine(Protocol):
     """Something that runs commands."""

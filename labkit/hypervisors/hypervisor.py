@@ -1,0 +1,154 @@
+"""What carries a VM: the small protocol that the `VM` class speaks to a hypervisor."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+from labkit.guests.image import Image
+from labkit.specs import VMSpec
+
+#: What a VM is doing, in the words of the field.
+State = Literal["off", "running", "paused", "crashed", "saved", "missing"]
+
+#: How many channel ports a VM has: as many commands can run on it at one time.
+PORTS = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """All that a hypervisor is told about a VM.
+
+    Attributes:
+        uuid, domain: its identity and its name at the hypervisor.
+        lab: the lab that it belongs to, kept as a label.
+        spec: what was asked for, every default filled in.
+        image: what it boots.
+        accelerator: "kvm" or "tcg".
+        disks: the image files, in the spec's order.
+        seed: an ISO with cloud-init's data, or None.
+        directory: where its console log and firmware variables go.
+        sockets: where its channel sockets go: a short path, mode 0700.
+    """
+
+    uuid: str
+    domain: str
+    lab: str
+    spec: VMSpec
+    image: Image
+    accelerator: Literal["kvm", "tcg"]
+    disks: tuple[Path, ...]
+    seed: Path | None
+    directory: Path
+    sockets: Path
+
+    @property
+    def console_log(self) -> Path:
+        """Where all that the serial console printed is kept."""
+        return self.directory / "console.log"
+
+
+@dataclass(frozen=True)
+class SnapshotInfo:
+    """A snapshot: its name, its parent's (None at the root), when, whether it holds memory, and a note."""
+
+    name: str
+    parent: str | None
+    created: float
+    memory: bool
+    current: bool
+    note: str = ""
+
+
+class Hypervisor(Protocol):
+    """A hypervisor, on this host or another. Machines are named by UUID; every call may raise
+    HypervisorError, and NotFound where there is no such machine."""
+
+    uri: str
+
+    def define(self, plan: Plan) -> None:
+        """Make the machine known, switched off."""
+        ...
+
+    def state(self, uuid: str) -> State:
+        """What it is doing; "missing" where the hypervisor does not know it."""
+        ...
+
+    def start(self, uuid: str, *, paused: bool = False) -> None:
+        """Switch it on."""
+        ...
+
+    def press_power(self, uuid: str) -> None:
+        """Ask the guest to shut down, by the power button."""
+        ...
+
+    def destroy(self, uuid: str) -> None:
+        """Pull the plug; nothing where it is off."""
+        ...
+
+    def suspend(self, uuid: str) -> None:
+        """Stop its virtual CPUs."""
+        ...
+
+    def resume(self, uuid: str) -> None:
+        """Let its virtual CPUs go on."""
+        ...
+
+    def reset(self, uuid: str) -> None:
+        """Press the reset button."""
+        ...
+
+    def remove(self, uuid: str, lab: str) -> None:
+        """Destroy it and forget it with its snapshots, if it carries this lab's label."""
+        ...
+
+    def screenshot(self, uuid: str) -> tuple[str, bytes]:
+        """What its screen shows: the picture's MIME type and its bytes."""
+        ...
+
+    def xml(self, uuid: str) -> str:
+        """The hypervisor's own description of it."""
+        ...
+
+    def open_port(self, uuid: str, port: int, deadline: float) -> socket.socket:
+        """A stream to one of its channel ports (`deadline` on time.monotonic's clock)."""
+        ...
+
+    def agent_call(self, uuid: str, command: str, timeout: float) -> str:
+        """One call of the QEMU guest agent: JSON to JSON."""
+        ...
+
+    def console_device(self, uuid: str) -> Path:
+        """The host's terminal device that is the other end of its serial console."""
+        ...
+
+    def set_memory(self, uuid: str, size: int) -> None:
+        """Resize its memory (bytes), running or not, up to its maximum."""
+        ...
+
+    def set_cpus(self, uuid: str, count: int) -> None:
+        """Give it more or fewer virtual CPUs, running or not, up to its maximum."""
+        ...
+
+    def resize_disk(self, uuid: str, index: int, size: int) -> None:
+        """Grow a disk (bytes) of a running machine."""
+        ...
+
+    def snapshot(self, uuid: str, name: str, note: str) -> None:
+        """Keep its state: memory, where it runs, and disks."""
+        ...
+
+    def revert(self, uuid: str, name: str) -> None:
+        """Bring a snapshot's state back."""
+        ...
+
+    def delete_snapshot(self, uuid: str, name: str) -> None:
+        """Forget a snapshot; its children go to its parent."""
+        ...
+
+    def snapshots(self, uuid: str) -> Sequence[SnapshotInfo]:
+        """All its snapshots, parents before children."""
+        ...

@@ -1,0 +1,556 @@
+"""A virtual machine: a handle on something that exists at a hypervisor."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import time
+import uuid as uuids
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, Self
+
+from labkit import guests, paths, state
+from labkit.channel.pool import Pool
+from labkit.channel.qga import AgentChannel
+from labkit.errors import (
+    BootTimeout,
+    CommandTimeout,
+    Conflict,
+    GuestCrashed,
+    HostError,
+    NotFound,
+    NotRunning,
+    SpecError,
+)
+from labkit.guests.image import Image
+from labkit.hypervisors import accelerator, libvirt
+from labkit.hypervisors.hypervisor import PORTS, Hypervisor, Plan, SnapshotInfo, State
+from labkit.machines.base import BaseMachine
+from labkit.machines.machine import Completed, OnOutput
+from labkit.machines.screenshot import Screenshot
+from labkit.specs import VMSpec, check_name, format_size, load_vm, parse_size
+from labkit.storage import qemu_img
+
+_STOP_TIMEOUT = 30.0
+#: Seconds for which a command goes on waiting for a machine that is paused: a snapshot pauses it too.
+_PAUSE_PATIENCE = 2.0
+
+
+class VM(BaseMachine):
+    """A virtual machine of a lab; `Lab.vm` makes it or finds it.
+
+    It holds nothing that must be closed: the machine is the hypervisor's, and goes with its lab.
+    """
+
+    def __init__(self, entry: state.Entry) -> None:
+        self._entry = entry
+        self._pool: Pool | None = None
+        self._paused_since: float | None = None
+
+    # What it is
+
+    @property
+    def name(self) -> str:
+        return self._entry.name
+
+    @property
+    def lab(self) -> str:
+        """The name of the lab that it belongs to."""
+        return self._entry.lab
+
+    @property
+    def uuid(self) -> str:
+        """Its identity at the hypervisor."""
+        return self._entry.uuid
+
+    @property
+    def domain(self) -> str:
+        """Its name at the hypervisor, as `virsh list` shows it."""
+        return str(self._entry.data["domain"])
+
+    @property
+    def spec(self) -> VMSpec:
+        """What was asked for, changed by what `resize` did since."""
+        return load_vm({**self._entry.data["spec"], **self._entry.data.get("resized", {})})
+
+    @property
+    def asked(self) -> VMSpec:
+        """What was asked for when it was made."""
+        return load_vm(self._entry.data["spec"])
+
+    @property
+    def patience(self) -> float:
+        """Seconds within which its image should be up on a slow computer."""
+        return self._image.up
+
+    @property
+    def state(self) -> State:
+        """What it is doing: "off", "running", "paused", "crashed" or "saved"."""
+        return self._hypervisor.state(self.uuid)
+
+    @property
+    def accelerator(self) -> Literal["kvm", "tcg"]:
+        """What runs its instructions: "kvm", or "tcg" where they are emulated."""
+        return "kvm" if 'type="kvm"' in self.xml().partition(">")[0].replace("'", '"') else "tcg"
+
+    def xml(self) -> str:
+        """The hypervisor's own description of it (libvirt's domain XML)."""
+        return self._hypervisor.xml(self.uuid)
+
+    def __repr__(self) -> str:
+        return f"<VM {self.spec.describe()} ({self.state})>"
+
+    # Its life
+
+    def start(self, *, timeout: float | None = None) -> Self:
+        """Switch it on and wait until it takes commands; nothing where it is on already.
+
+        Arguments:
+            timeout: seconds until it must be up; by default what its image needs on a slow computer.
+
+        Raises:
+            BootTimeout: it was not up by then; it is left running, to be looked at.
+            GuestCrashed: its kernel panicked on the way up.
+        """
+        match self.state:
+            case "running":
+                pass
+            case "paused":
+                self._hypervisor.resume(self.uuid)
+            case "crashed":
+                self._hypervisor.destroy(self.uuid)
+                self._boot()
+            case _:
+                self._boot()
+        self._wait_ready(self._image.up if timeout is None else timeout)
+        return self
+
+    def stop(self, *, timeout: float = _STOP_TIMEOUT) -> Self:
+        """Switch it off: ask the guest by the power button, wait, and pull the plug at the deadline."""
+        if self.state == "paused":
+            self._hypervisor.resume(self.uuid)
+        if self.state == "running":
+            with contextlib.suppress(NotRunning):
+                self._hypervisor.press_power(self.uuid)
+            self._wait_state("off", time.monotonic() + timeout)
+        return self.destroy()
+
+    def destroy(self) -> Self:
+        """Pull the plug: what the guest had not written to its disks is lost."""
+        self._hypervisor.destroy(self.uuid)
+        self._disconnect()
+        return self
+
+    def pause(self) -> Self:
+        """Stop its virtual CPUs; memory stays as it is."""
+        self._hypervisor.suspend(self.uuid)
+        return self
+
+    def resume(self) -> Self:
+        """Let a paused machine go on."""
+        self._hypervisor.resume(self.uuid)
+        return self
+
+    def reset(self, *, timeout: float | None = None) -> Self:
+        """Press the reset button, and wait until it takes commands again."""
+        self._hypervisor.reset(self.uuid)
+        self._disconnect()
+        self._wait_ready(self._image.up if timeout is None else timeout)
+        return self
+
+    def delete(self) -> None:
+        """Remove it for good, with its disks, snapshots and logs."""
+        with state.locked(self.lab):
+            self.remove()
+
+    # What it does
+
+    def _execute(
+        self,
+        argv: tuple[str, ...],
+        *,
+        input: bytes | BinaryIO | None,
+        timeout: float | None,
+        cwd: str | None,
+        env: Mapping[str, str],
+        on_output: OnOutput | None,
+        keep: bool,
+    ) -> Completed:
+        channel = self._agent() if self._image.channel == "agent" else self._connected()
+        self._paused_since = None
+        try:
+            result = channel.run(
+                argv, input=input, timeout=timeout, cwd=cwd, env=env, on_output=on_output, keep=keep
+            )
+        except CommandTimeout as exc:
+            exc.evidence = exc.evidence or self._console_tail()
+            raise
+        return Completed(argv, result.returncode, result.stdout, result.stderr, result.seconds)
+
+    @property
+    def console_log(self) -> str:
+        """All that its serial console printed since it was switched on last."""
+        try:
+            return self._console_path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:
+            return ""
+
+    @property
+    def console_device(self) -> Path:
+        """The host's terminal that is wired to its serial console, for `screen` and the like."""
+        return self._hypervisor.console_device(self.uuid)
+
+    def screenshot(self) -> Screenshot:
+        """What its screen shows now.
+
+        Raises:
+            NotRunning: it is off.
+        """
+        _, data = self._hypervisor.screenshot(self.uuid)
+        return Screenshot(self.name, data)
+
+    # Its size
+
+    def resize(self, *, memory: str | int | None = None, cpus: int | None = None) -> Self:
+        """Give it more or less memory or CPUs, while it runs or off.
+
+        A running guest gives memory back when its balloon driver gets to it. Both can grow up to the
+        `max_memory` and `max_cpus` that the machine was made with.
+
+        Raises:
+            SpecError: it is more than the machine's maximum.
+        """
+        changes: dict[str, Any] = {}
+        if memory is not None:
+            changes["memory"] = parse_size(memory)
+        if cpus is not None:
+            changes["cpus"] = cpus
+        wanted = load_vm({**self.spec.model_dump(), **changes})
+        if memory is not None:
+            self._hypervisor.set_memory(self.uuid, wanted.memory)
+        if cpus is not None:
+            self._hypervisor.set_cpus(self.uuid, wanted.cpus)
+            if self.state == "running":
+                self.run(_ONLINE_CPUS)
+        self._update(resized={**self._entry.data.get("resized", {}), **changes})
+        return self
+
+    def resize_disk(self, size: str | int, *, disk: int = 0) -> Self:
+        """Grow a disk, while the machine runs or off; the guest's file system is the guest's to grow.
+
+        Arguments:
+            size: the new size, bytes or text.
+            disk: which one, counted from 0.
+
+        Raises:
+            SpecError: there is no such disk, or it would shrink.
+        """
+        wanted = parse_size(size)
+        disks = self._disks()
+        if not 0 <= disk < len(disks):
+            raise SpecError(f"{self.name} has no disk {disk}.", mend=f"It has {len(disks)}, counted from 0.")
+        now = int(qemu_img.info(disks[disk])["virtual-size"])
+        if wanted < now:
+            raise SpecError(
+                f"The disk has {format_size(now)} and cannot shrink to {format_size(wanted)}.",
+                mend="Shrinking would cut off data. Make a smaller disk and copy the files.",
+            )
+        if self.state in ("running", "paused"):
+            self._hypervisor.resize_disk(self.uuid, disk, wanted)
+        else:
+            qemu_img.resize(disks[disk], wanted)
+        return self
+
+    # Its past
+
+    def snapshot(self, name: str, *, note: str = "") -> SnapshotInfo:
+        """Keep its state under a name: disks, and memory where it runs.
+
+        Raises:
+            Conflict: it has a snapshot of that name.
+        """
+        check_name(name, "snapshot")
+        if any(snapshot.name == name for snapshot in self.snapshots):
+            raise Conflict(
+                f"{self.name} has a snapshot named {name} already.",
+                mend=f'Revert to it, give another name, or delete it: .delete_snapshot("{name}")',
+            )
+        self._hypervisor.snapshot(self.uuid, name, note)
+        return self._snapshot(name)
+
+    def revert(self, name: str) -> Self:
+        """Bring a snapshot's state back; what happened since is lost.
+
+        A machine that ran when the snapshot was taken runs on from that instant.
+        """
+        self._snapshot(name)
+        self._hypervisor.revert(self.uuid, name)
+        self._disconnect()
+        if self.state == "running":
+            self._wait_ready(self._image.up)
+            self._refresh_guest()
+        return self
+
+    def delete_snapshot(self, name: str) -> None:
+        """Forget a snapshot; snapshots that came after it stay."""
+        self._snapshot(name)
+        self._hypervisor.delete_snapshot(self.uuid, name)
+
+    @property
+    def snapshots(self) -> list[SnapshotInfo]:
+        """All its snapshots, parents before children."""
+        return list(self._hypervisor.snapshots(self.uuid))
+
+    def clone(self, name: str) -> VM:
+        """Make a machine of its own from this one's disks as they are now; it is made switched off.
+
+        A running machine is paused while its disks are copied. The clone has its own identity (UUID
+        and host name) and shares nothing with this machine.
+
+        Raises:
+            Conflict: the lab has a machine of that name.
+        """
+        check_name(name)
+        spec = load_vm({**self.spec.model_dump(), "name": name})
+        with state.locked(self.lab):
+            if state.lab(self.lab).find("vm", name):
+                raise Conflict(f"The lab {self.lab} has a machine named {name} already.")
+            entry = new_entry(self.lab, spec, self._entry.uri).save()
+            clone = VM(entry)
+            try:
+                with self._still():
+                    for source, target in zip(self._disks(), clone._disks(), strict=True):
+                        qemu_img.copy(source, target, in_use=True)
+                clone._define()
+            except BaseException:
+                clone.remove()
+                raise
+        return clone
+
+    # How it is done
+
+    @property
+    def _hypervisor(self) -> Hypervisor:
+        return libvirt.connect(self._entry.uri)
+
+    @property
+    def _image(self) -> Image:
+        return guests.get(self._entry.data["spec"]["image"])
+
+    @property
+    def _console_path(self) -> Path:
+        return self._entry.directory / "console.log"
+
+    def _disks(self) -> tuple[Path, ...]:
+        return tuple(
+            self._entry.directory / f"disk{index}.{disk.format}" for index, disk in enumerate(self.spec.disks)
+        )
+
+    def _plan(self) -> Plan:
+        spec, image = self.spec, self._image
+        return Plan(
+            uuid=self.uuid,
+            domain=self.domain,
+            lab=self.lab,
+            spec=spec,
+            image=image,
+            accelerator=_accelerator(spec),
+            disks=self._disks(),
+            seed=self._entry.directory / "seed.iso" if image.cloud_init else None,
+            directory=self._entry.directory,
+            sockets=self._sockets,
+        )
+
+    @property
+    def _sockets(self) -> Path:
+        return paths.runtime_dir() / "vm" / self.uuid[:8]
+
+    def make(self) -> None:
+        """Make its files and tell the hypervisor; done again, it completes what was begun."""
+        image = self._image
+        for index, (path, disk) in enumerate(zip(self._disks(), self.spec.disks, strict=True)):
+            if path.exists():
+                continue
+            if index == 0 and image.disk:
+                base = self._entry.directory / "base.qcow2"
+                _link(image.disk, base)
+                qemu_img.overlay(path, base, disk.size)
+            else:
+                qemu_img.create(path, disk)
+        if image.cloud_init:
+            guests.seed(self._entry.directory / "seed.iso", hostname=self.name, instance=self.uuid)
+        self._define()
+
+    def _define(self) -> None:
+        self._hypervisor.define(self._plan())
+
+    def _boot(self) -> None:
+        # Defined anew each time: the image may have been rebuilt and the accelerator decided anew
+        # since (the host rebooted, QEMU was updated).
+        if self.state != "saved":
+            self._define()
+        self._sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._disconnect()
+        self._hypervisor.start(self.uuid)
+
+    def remove(self) -> None:
+        """Remove it from the hypervisor and the ledger; the caller holds the lab's lock."""
+        self._hypervisor.remove(self.uuid, self.lab)
+        self._disconnect()
+        if self._sockets.exists():
+            for path in self._sockets.iterdir():
+                path.unlink()
+            self._sockets.rmdir()
+        self._entry.forget()
+
+    def _update(self, **data: Any) -> None:
+        self._entry = state.Entry(
+            **{**vars(self._entry), "data": {**self._entry.data, **data}},
+        ).save()
+
+    # Its channel
+
+    def _connected(self) -> Pool:
+        if self._pool is None:
+            self._pool = Pool(
+                self._open_port,
+                ports=PORTS,
+                lock_dir=self._sockets,
+                check=self._check,
+            )
+        return self._pool
+
+    def _open_port(self, port: int, deadline: float) -> socket.socket:
+        return self._hypervisor.open_port(self.uuid, port, deadline)
+
+    def _agent(self) -> AgentChannel:
+        return AgentChannel(lambda command, timeout: self._hypervisor.agent_call(self.uuid, command, timeout))
+
+    def _disconnect(self) -> None:
+        if self._pool is not None:
+            self._pool.reset()
+
+    def _check(self) -> None:
+        """Raise what keeps the machine from answering, if anything does."""
+        now = self.state
+        if now != "paused":
+            self._paused_since = None
+        match now:
+            case "running":
+                return
+            case "paused":
+                since = self._paused_since = self._paused_since or time.monotonic()
+                if time.monotonic() - since >= _PAUSE_PATIENCE:
+                    raise NotRunning(f"{self.name} is paused.", mend="Let it go on: .resume()")
+            case "crashed":
+                raise GuestCrashed(
+                    f"The kernel of {self.name} panicked.",
+                    evidence=self._console_tail(),
+                    mend="Start it again with .start(), or go back with .revert(SNAPSHOT).",
+                )
+            case "missing":
+                raise NotFound(f"There is no machine {self.name} any more.", mend="Make it again: lab.vm(…)")
+            case _:
+                raise NotRunning(
+                    f"{self.name} is off.", evidence=self._console_tail(), mend="Start it: .start()"
+                )
+
+    def _console_tail(self, lines: int = 8) -> str:
+        return "\n".join(self.console_log.replace("\r", "").rstrip().splitlines()[-lines:])
+
+    def _wait_ready(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        channel = self._agent() if self._image.channel == "agent" else self._connected()
+        try:
+            channel.hello(deadline)
+        except CommandTimeout as exc:
+            self._check()
+            raise BootTimeout(
+                f"{self.name} was not up within {timeout:g} s.",
+                evidence=self._console_tail() or "(its serial console printed nothing)",
+                mend="It is left running: look at .console_log and .screenshot(), or wait longer with "
+                ".start(timeout=SECONDS).",
+            ) from exc
+
+    def _wait_state(self, wanted: State, deadline: float) -> bool:
+        while self.state != wanted:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
+        return True
+
+    def _refresh_guest(self) -> None:
+        """After time travel: the guest's clock is set and its random numbers are made to differ."""
+        if self._image.channel == "labkit":
+            self._connected().refresh(os.urandom(64), time.time_ns())
+
+    @contextlib.contextmanager
+    def _still(self) -> Iterator[None]:
+        """Hold the machine still with its disks written out."""
+        if self.state != "running":
+            yield
+            return
+        self.run(["sync"])
+        self._hypervisor.suspend(self.uuid)
+        try:
+            yield
+        finally:
+            self._hypervisor.resume(self.uuid)
+
+    def _snapshot(self, name: str) -> SnapshotInfo:
+        there = self.snapshots
+        for snapshot in there:
+            if snapshot.name == name:
+                return snapshot
+        names = ", ".join(snapshot.name for snapshot in there) or "none"
+        raise NotFound(f"{self.name} has no snapshot named {name}.", evidence=f"snapshots: {names}")
+
+
+#: A CPU that was plugged in waits to be told to work, where no udev does that.
+_ONLINE_CPUS = """
+for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do
+    [ "$(cat "$cpu")" = 1 ] || echo 1 > "$cpu"
+done
+"""
+
+
+def new_entry(lab: str, spec: VMSpec, uri: str) -> state.Entry:
+    """The ledger's entry of a machine that is to be made."""
+    identity = str(uuids.uuid4())
+    # A hypervisor that is shared with others may have a lab of that name already.
+    domain = f"labkit.{lab}.{spec.name}" if not uri else f"labkit.{lab}.{spec.name}.{identity[:8]}"
+    return state.Entry(
+        lab=lab,
+        kind="vm",
+        name=spec.name,
+        uuid=identity,
+        uri=uri,
+        data={"domain": domain, "spec": spec.model_dump(mode="json")},
+    )
+
+
+def _accelerator(spec: VMSpec) -> Literal["kvm", "tcg"]:
+    if spec.accelerator == "tcg":
+        return "tcg"
+    best = accelerator.best()
+    if best is None or (spec.accelerator == "kvm" and best != "kvm"):
+        verdict = accelerator.accelerators()["kvm" if spec.accelerator == "kvm" else "tcg"]
+        raise HostError(
+            f"{'KVM' if spec.accelerator == 'kvm' else 'QEMU'} does not work on this computer.",
+            evidence=verdict.seen,
+            mend="Run labkit doctor, which says how to get it.",
+        )
+    return best
+
+
+def _link(source: Path, target: Path) -> None:
+    """Keep an image for this machine even when the cache is emptied; a copy costs space only across
+    file systems."""
+    if target.exists():
+        return
+    try:
+        os.link(source, target)
+    except OSError:
+        qemu_img.copy(source, target)

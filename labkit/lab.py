@@ -21,6 +21,8 @@ from labkit.specs import DiskSpec, VMSpec, check_name, format_size, parse_size
 _AT_ONCE = 16
 #: How many CPUs a machine can be resized to where nothing else is said; a free place costs nothing.
 _MAX_CPUS = 4
+#: The disk of a machine whose system is in memory, in bytes; it holds files and snapshots.
+_DISK = 1 << 30
 
 
 class Lab:
@@ -107,7 +109,7 @@ class Lab:
         check_name(name)
         kind = guests.get(image)
         size = parse_size(memory) if memory is not None else kind.memory
-        first = disk if isinstance(disk, DiskSpec) else _first_disk(kind.disk is None, disk, kind.disk_size)
+        first = disk if isinstance(disk, DiskSpec) else _first_disk(kind.disk is None, disk, kind.disk_size or _DISK)
         spec = VMSpec(
             name=name,
             image=image,

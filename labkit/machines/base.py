@@ -9,6 +9,7 @@ import os
 import tempfile
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO, cast
 
@@ -49,8 +50,8 @@ class BaseMachine(ABC):
         on_output: OnOutput | None,
         keep: bool,
     ) -> Completed:
-        """Run it to its end, whatever its exit; where `keep` is false, standard output is only handed
-        to `on_output` and not kept."""
+        """Run it to its end, whatever its exit; where `keep` is false, output is only handed to
+        `on_output` and not kept."""
 
     def run(
         self,
@@ -144,7 +145,7 @@ class BaseMachine(ABC):
         if path.is_dir():
             path = path / Path(source).name
         descriptor, aside = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        digest = hashlib.sha256()
+        digest, said = hashlib.sha256(), bytearray()
         try:
             with os.fdopen(descriptor, "wb") as file:
 
@@ -152,6 +153,8 @@ class BaseMachine(ABC):
                     if stream == "stdout":
                         digest.update(data)
                         file.write(data)
+                    else:
+                        said.extend(data)
 
                 # The checksum comes on the other stream, taken of the same bytes that were sent.
                 script = 'cat < "$1" && sha256sum < "$1" >&2'
@@ -159,9 +162,9 @@ class BaseMachine(ABC):
                 done = self._execute(
                     argv, input=None, timeout=timeout, cwd=None, env={}, on_output=take, keep=False
                 )
-            seen = done.stderr.split()
-            if not done.ok or not seen:
-                raise CommandFailed(self.name, done)
+            if not done.ok:
+                raise CommandFailed(self.name, replace(done, stderr_bytes=bytes(said)))
+            seen = said.decode(errors="replace").split() or [""]
             result = self._same(seen[0], digest.hexdigest(), f"{source} to {path}")
             umask = os.umask(0)
             os.umask(umask)

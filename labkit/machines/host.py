@@ -123,7 +123,7 @@ def _converse(
                             if not data:
                                 selector.unregister(key.fileobj)
                                 continue
-                            if keep or stream == "stderr":
+                            if keep:
                                 output[stream] += data
                             if on_output:
                                 on_output(stream, data)

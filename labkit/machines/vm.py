@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import threading
 import time
 import uuid as uuids
 from collections.abc import Iterator, Mapping
@@ -13,7 +14,6 @@ from typing import Any, BinaryIO, Literal, Self
 
 from labkit import guests, paths, state
 from labkit.channel.pool import Pool
-from labkit.channel.qga import AgentChannel
 from labkit.errors import (
     BootTimeout,
     CommandTimeout,
@@ -33,6 +33,9 @@ from labkit.machines.screenshot import Screenshot
 from labkit.specs import VMSpec, check_name, format_size, load_vm, parse_size
 from labkit.storage import qemu_img
 
+_pools: dict[str, Pool] = {}
+_pools_lock = threading.Lock()
+
 _STOP_TIMEOUT = 30.0
 #: Seconds for which a command goes on waiting for a machine that is paused: a snapshot pauses it too.
 _PAUSE_PATIENCE = 2.0
@@ -46,7 +49,6 @@ class VM(BaseMachine):
 
     def __init__(self, entry: state.Entry) -> None:
         self._entry = entry
-        self._pool: Pool | None = None
         self._paused_since: float | None = None
 
     # What it is
@@ -399,6 +401,8 @@ class VM(BaseMachine):
         """Remove it from the hypervisor and the ledger; the caller holds the lab's lock."""
         self._hypervisor.remove(self.uuid, self.lab)
         self._disconnect()
+        with _pools_lock:
+            _pools.pop(self.uuid, None)
         if self._sockets.exists():
             for path in self._sockets.iterdir():
                 path.unlink()
@@ -413,24 +417,25 @@ class VM(BaseMachine):
     # Its channel
 
     def _connected(self) -> Pool:
-        if self._pool is None:
-            self._pool = Pool(
-                self._open_port,
-                ports=PORTS,
-                lock_dir=self._sockets,
-                check=self._check,
-            )
-        return self._pool
+        """The connections to its channel, which all handles of this process share."""
+        with _pools_lock:
+            if self.uuid not in _pools:
+                _pools[self.uuid] = Pool(self._open_port, PORTS, self._sockets, self._check)
+            return _pools[self.uuid]
 
     def _open_port(self, port: int, deadline: float) -> socket.socket:
         return self._hypervisor.open_port(self.uuid, port, deadline)
 
     def _agent(self) -> AgentChannel:
+        from labkit.channel.qga import AgentChannel
+
         return AgentChannel(lambda command, timeout: self._hypervisor.agent_call(self.uuid, command, timeout))
 
     def _disconnect(self) -> None:
-        if self._pool is not None:
-            self._pool.reset()
+        with _pools_lock:
+            pool = _pools.get(self.uuid)
+        if pool:
+            pool.reset()
 
     def _check(self) -> None:
         """Raise what keeps the machine from answering, if anything does."""

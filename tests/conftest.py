@@ -232,6 +232,8 @@ def _not_run(reporter: Any) -> list[tuple[str, str, int]]:
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if _is_worker(config):
+        return
     not_run = _not_run(terminalreporter)
     if not_run:
         terminalreporter.section("not run on this machine")

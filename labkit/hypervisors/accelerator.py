@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Literal
 
 from labkit import paths, tools
 from labkit.errors import HostError
-from labkit.hypervisors import probe
+from labkit.hypervisors.probe import PROBES, Probe
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -140,6 +140,7 @@ class Surroundings:
     ) -> Surroundings:
         """Look at this computer; the arguments replace what is looked at."""
         arch = host_arch()
+        guest = PROBES.get(arch)
         program = qemu or qemu_program(arch)
         size, mtime = _file_version(program)
         return cls(
@@ -151,7 +152,7 @@ class Surroundings:
             uid=os.geteuid(),
             groups=tuple(sorted({os.getegid(), *os.getgroups()})),
             kvm=_kvm_state(kvm_device),
-            probe=hashlib.sha256(probe.image()).hexdigest()[:16],
+            probe=hashlib.sha256(guest.image()).hexdigest()[:16] if guest else "",
         )
 
 
@@ -235,12 +236,20 @@ def _read(file: Path) -> str:
 
 def judge(surroundings: Surroundings) -> dict[str, Verdict]:
     """Boot the probe guest with each accelerator, TCG first, since it measures how busy the computer is."""
+    guest = PROBES.get(surroundings.arch)
+    if guest is None:
+        return _not_tried(f"labkit has no probe guest for {surroundings.arch}.")
     if surroundings.qemu is None:
-        program = f"qemu-system-{surroundings.arch}"
-        return {name: _not_tried(name, f"{program} is not installed.") for name in ("kvm", "tcg")}
-    tcg = boot_probe(surroundings.qemu, "tcg", deadline=_TCG_DEADLINE)
-    kvm = boot_probe(surroundings.qemu, "kvm", deadline=kvm_deadline(tcg))
+        return _not_tried(f"qemu-system-{surroundings.arch} is not installed.")
+    tcg = boot_probe(surroundings.qemu, "tcg", guest=guest, deadline=_TCG_DEADLINE)
+    kvm = boot_probe(surroundings.qemu, "kvm", guest=guest, deadline=kvm_deadline(tcg))
     return {"kvm": kvm, "tcg": tcg}
+
+
+def _not_tried(why: str) -> dict[str, Verdict]:
+    return {
+        name: Verdict(name=name, works=False, seconds=0.0, seen=why, reason=why) for name in ("kvm", "tcg")
+    }
 
 
 def kvm_deadline(tcg: Verdict) -> float:
@@ -249,25 +258,28 @@ def kvm_deadline(tcg: Verdict) -> float:
     return min(max(least, _KVM_PER_TCG * tcg.seconds), most) if tcg.works else most / 3
 
 
-def boot_probe(qemu: str, name: Literal["kvm", "tcg"], *, deadline: float, cpu: str = "max") -> Verdict:
+def boot_probe(
+    qemu: str, name: Literal["kvm", "tcg"], *, guest: Probe, deadline: float, cpu: str = "max"
+) -> Verdict:
     """Boot the probe guest once; QEMU is gone when this returns or raises.
 
     Arguments:
         qemu: QEMU's path.
+        guest: the probe for the architecture that this QEMU emulates.
         deadline: seconds of wall time.
         cpu: QEMU's CPU model. "max" is the host's own CPU under KVM, as labkit's machines have it.
     """
     with tempfile.TemporaryDirectory(prefix="labkit-probe-") as directory:
         firmware = Path(directory, "probe.bin")
-        firmware.write_bytes(probe.image())
+        firmware.write_bytes(guest.image())
         argv = [
             *_dying_with_us(),
-            *(qemu, "-machine", "pc", "-accel", name, "-cpu", cpu, "-m", "16", "-bios", str(firmware)),
+            *(qemu, "-accel", name, "-cpu", cpu, "-m", "16", "-bios", str(firmware)),
             *("-no-user-config", "-nodefaults", "-display", "none", "-no-reboot"),
-            *("-chardev", "stdio,id=seen,signal=off", "-device", "isa-debugcon,iobase=0xe9,chardev=seen"),
-            *("-device", "isa-debug-exit,iobase=0xf4,iosize=1"),
+            *("-chardev", "stdio,id=console,signal=off"),
+            *guest.machine,
         ]
-        return _verdict(name, _run(argv, directory, deadline), deadline)
+        return _verdict(name, guest, _run(argv, directory, deadline), deadline)
 
 
 @dataclass(frozen=True)
@@ -318,27 +330,23 @@ def _limit(pid: int) -> None:
         resource.prlimit(pid, resource.RLIMIT_CORE, (0, 0))  # QEMU aborts where KVM lies to it
 
 
-def _verdict(name: str, run: _Run, deadline: float) -> Verdict:
-    works = run.returncode == probe.EXIT_STATUS and probe.finished(run.console)
+def _verdict(name: str, guest: Probe, run: _Run, deadline: float) -> Verdict:
+    works = run.returncode == guest.exit_status and guest.finished(run.console)
     return Verdict(
         name=name,
         works=works,
         seconds=round(run.seconds, 3),
-        seen=_evidence(run, deadline),
-        reason=_reason(name, run, deadline, works=works),
+        seen=_evidence(guest, run, deadline),
+        reason=_reason(name, guest, run, deadline, works=works),
     )
 
 
-def _not_tried(name: str, why: str) -> Verdict:
-    return Verdict(name=name, works=False, seconds=0.0, seen=why, reason=why)
-
-
-def _evidence(run: _Run, deadline: float) -> str:
-    stages = probe.reached(run.console)
+def _evidence(guest: Probe, run: _Run, deadline: float) -> str:
+    stages = guest.reached(run.console)
     parts = [f"the probe guest reached: {', '.join(stages)}" if stages else "the probe guest said nothing"]
     parts.append(_exit(run.returncode, deadline))
     lines = run.stderr.strip().splitlines()
-    if lines and run.returncode not in {None, probe.EXIT_STATUS}:
+    if lines and run.returncode not in {None, guest.exit_status}:
         parts.append("it said: " + " / ".join(lines[-_STDERR_LINES:]))
     return "; ".join(parts)
 
@@ -351,15 +359,16 @@ def _exit(returncode: int | None, deadline: float) -> str:
     return f"QEMU exited with {returncode}"
 
 
-def _reason(name: str, run: _Run, deadline: float, *, works: bool) -> str:
+def _reason(name: str, guest: Probe, run: _Run, deadline: float, *, works: bool) -> str:
     label = name.upper()
-    stages = probe.reached(run.console)
+    stages = guest.reached(run.console)
     if works:
         return f"{label} booted a 64-bit guest in {run.seconds:.2f} s."
+    if run.returncode is None:
+        last = f"it reached {stages[-1]}, and nothing more" if stages else "it did nothing"
+        return f"A guest under {label} hangs: {last} in {deadline:.3g} s."
     if not stages:
         return f"QEMU could not start a guest with {label}."
-    if run.returncode is None:
-        return f"A guest under {label} hangs: it reached {stages[-1]}, and nothing more in {deadline:.3g} s."
-    if len(stages) == len(probe.STAGES):
+    if len(stages) == len(guest.stages):
         return f"A guest under {label} computes wrongly."
     return f"A guest under {label} crashed after {stages[-1]}."

@@ -1,6 +1,7 @@
-"""Assemble the probe guest: `python -m labkit.hypervisors.probe` rewrites x86_64.hex from x86_64.S.
+"""Assemble the probe guests: `python -m labkit.hypervisors.probe` rewrites each .hex from its .S.
 
-For those who change the probe; needs GNU binutils for x86 (Debian: `binutils`).
+For those who change a probe; needs GNU binutils for x86 and for arm64 (Debian: `binutils`,
+`binutils-aarch64-linux-gnu`).
 """
 
 from __future__ import annotations
@@ -12,15 +13,25 @@ from labkit.tools import require, run_tool
 
 _HERE = Path(__file__).parent
 _BYTES_A_LINE = 24
+#: Prefix and Debian package of each architecture's binutils, and the options that `as` and `ld` take.
+_TOOLS = {
+    "x86_64": ("", "binutils", ["--32"], ["-m", "elf_i386"]),
+    "aarch64": ("aarch64-linux-gnu-", "binutils-aarch64-linux-gnu", [], []),
+}
 
 
-def assemble(source: Path = _HERE / "x86_64.S") -> bytes:
-    """The machine code of an assembler source that is linked to run at its own offset 0."""
+def assemble(arch: str) -> bytes:
+    """The machine code of an architecture's probe, linked to run at its own offset 0."""
+    prefix, package, as_options, ld_options = _TOOLS[arch]
+
+    def run(tool: str, *argv: str | Path) -> None:
+        run_tool([require(prefix + tool, package=package), *argv], what=f"assemble the probe for {arch}")
+
     with tempfile.TemporaryDirectory() as name:
-        thing, flat = Path(name, "probe.o"), Path(name, "probe.bin")
-        run_tool([require("as", package="binutils"), "--32", source, "-o", thing], what="assemble the probe")
-        link = [require("ld", package="binutils"), "-m", "elf_i386", "--oformat", "binary"]
-        run_tool([*link, "-Ttext", "0", "-e", "0", thing, "-o", flat], what="link the probe")
+        thing, linked, flat = (Path(name, part) for part in ("probe.o", "probe.elf", "probe.bin"))
+        run("as", *as_options, _HERE / f"{arch}.S", "-o", thing)
+        run("ld", *ld_options, "-Ttext", "0", "-e", "0", thing, "-o", linked)
+        run("objcopy", "-O", "binary", "-j", ".text", linked, flat)
         return flat.read_bytes()
 
 
@@ -31,4 +42,5 @@ def as_hex(code: bytes) -> str:
 
 
 if __name__ == "__main__":
-    (_HERE / "x86_64.hex").write_text(as_hex(assemble()), encoding="ascii")
+    for arch in _TOOLS:
+        (_HERE / f"{arch}.hex").write_text(as_hex(assemble(arch)), encoding="ascii")

@@ -118,7 +118,8 @@ def claim(name: str, owner: owners.Owner) -> LabRecord:
         if found and not found.owner.same(owner) and found.owner.alive():
             raise LabInUse(
                 f"The lab {name} is in use by {found.owner.describe()}.",
-                mend=f"Give this lab another name, end the other user of it, or remove it: labkit clean {name} --all",
+                mend="Give this lab another name, end the other user of it, or remove it: "
+                f"labkit clean {name} --all",
             )
         record = LabRecord(name=name, owner=owner, created=found.created if found else time.time())
         _lab_dir(name).mkdir(mode=0o700, parents=True, exist_ok=True)

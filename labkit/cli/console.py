@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import socket
 import sys
 import termios
 import tty
@@ -25,33 +26,29 @@ def attach(vm: VM) -> None:
         raise HostError(
             "The console needs a terminal.", mend="In a script or notebook, use .run(…) and .console_log."
         )
-    device = os.open(vm.console_device, os.O_RDWR | os.O_NOCTTY)
+    console = vm.open_console()
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
     print(f"Connected to {vm.name}; Ctrl-] leaves, Enter shows a prompt.", file=sys.stderr)
     try:
-        tty.setraw(device)
         tty.setraw(terminal)
-        _join(terminal, device)
+        _join(terminal, console)
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-        os.close(device)
+        console.close()
         print(f"\nLeft {vm.name}.", file=sys.stderr)
 
 
-def _join(terminal: int, device: int) -> None:
+def _join(terminal: int, console: socket.socket) -> None:
     while True:
-        ready, _, _ = select.select([terminal, device], [], [])
+        ready, _, _ = select.select([terminal, console], [], [])
         if terminal in ready:
             typed = os.read(terminal, 1024)
             if not typed or _ESCAPE in typed:
                 return
-            os.write(device, typed)
-        if device in ready:
-            try:
-                said = os.read(device, 65536)
-            except OSError:  # the other end went away: the VM is off
-                return
-            if not said:
+            console.sendall(typed)
+        if console in ready:
+            said = console.recv(65536)
+            if not said:  # the VM went off, or another took the console
                 return
             os.write(sys.stdout.fileno(), said)

@@ -93,11 +93,11 @@ def _os(domain: Any, plan: Plan) -> None:
             raise SpecError(f"The image {image.name} does not boot by UEFI.", mend='Say firmware="bios".')
         code, variables = _uefi(image.arch)
         _add(boot, "loader", code, readonly="yes", type="pflash")
-        _add(boot, "nvram", str(plan.directory / "uefi-vars.fd"), template=variables)
+        _add(boot, "nvram", plan.variables, template=variables)
     if spec.boot == "kernel":
-        _add(boot, "kernel", str(image.kernel))
-        if image.initrd:
-            _add(boot, "initrd", str(image.initrd))
+        _add(boot, "kernel", plan.kernel)
+        if plan.initrd:
+            _add(boot, "initrd", plan.initrd)
         _add(boot, "cmdline", image.cmdline)
     _add(boot, "smbios", mode="sysinfo")
 
@@ -126,21 +126,21 @@ def _devices(domain: Any, plan: Plan) -> None:
     for index, (path, disk) in enumerate(zip(plan.disks, plan.spec.disks, strict=True)):
         element = _add(devices, "disk", type="file", device="disk")
         _add(element, "driver", name="qemu", type=disk.format, discard="unmap")
-        _add(element, "source", file=str(path))
+        _add(element, "source", file=path)
         _add(element, "target", dev=disk_target(index), bus="virtio")
     if plan.seed:
         element = _add(devices, "disk", type="file", device="cdrom")
         _add(element, "driver", name="qemu", type="raw")
-        _add(element, "source", file=str(plan.seed))
+        _add(element, "source", file=plan.seed)
         _add(element, "target", dev="sda", bus="sata" if plan.spec.machine == "q35" else "ide")
         _add(element, "readonly")
     serial = _add(devices, "serial", type="pty")
-    _add(serial, "log", file=str(plan.console_log), append="off")
+    _add(serial, "log", file=plan.console_log, append="off")
     _add(serial, "target", port="0")
     _add(devices, "controller", type="virtio-serial", index="0", ports=str(PORTS + 2))
     for port in range(PORTS):
-        _channel(devices, port + 1, f"org.labkit.{port}", plan.sockets / f"{port}.sock")
-    _channel(devices, PORTS + 1, "org.qemu.guest_agent.0", plan.sockets / "agent.sock")
+        _channel(devices, port + 1, f"org.labkit.{port}", plan.sockets and plan.sockets / f"{port}.sock")
+    _channel(devices, PORTS + 1, "org.qemu.guest_agent.0", plan.sockets and plan.sockets / "agent.sock")
     _add(_add(devices, "video"), "model", type="vga" if plan.image.arch == "x86_64" else "virtio")
     _add(devices, "memballoon", model="virtio")
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
@@ -148,9 +148,10 @@ def _devices(domain: Any, plan: Plan) -> None:
         _add(devices, "panic", model="isa")
 
 
-def _channel(devices: Any, port: int, name: str, path: Path) -> None:
+def _channel(devices: Any, port: int, name: str, path: Path | None) -> None:
     channel = _add(devices, "channel", type="unix")
-    _add(channel, "source", mode="bind", path=str(path))
+    if path:
+        _add(channel, "source", mode="bind", path=str(path))
     _add(channel, "target", type="virtio", name=name)
     _add(channel, "address", type="virtio-serial", controller="0", bus="0", port=str(port))
 

@@ -10,6 +10,7 @@ from typing import Literal, Protocol
 
 from labkit.guests.image import Image
 from labkit.specs import VMSpec
+from labkit.storage.files import Files
 
 #: What a VM is doing, in the words of the field.
 State = Literal["off", "running", "paused", "crashed", "saved", "missing"]
@@ -20,7 +21,7 @@ PORTS = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that a hypervisor is told about a VM.
+    """All that a hypervisor is told about a VM. Paths are as the hypervisor sees them.
 
     Attributes:
         uuid, domain: its identity and its name at the hypervisor.
@@ -28,10 +29,13 @@ class Plan:
         spec: what was asked for, every default filled in.
         image: what it boots.
         accelerator: "kvm" or "tcg".
+        kernel, initrd: for direct kernel boot; None where it boots from its disk.
         disks: the image files, in the spec's order.
         seed: an ISO with cloud-init's data, or None.
-        directory: where its console log and firmware variables go.
-        sockets: where its channel sockets go: a short path, mode 0700.
+        console_log: where all that the serial console prints is kept.
+        variables: where UEFI keeps its variables.
+        sockets: a directory of this host for its channel sockets, with a short path and mode 0700; None
+            lets the hypervisor choose, and the channel is reached through libvirt.
     """
 
     uuid: str
@@ -40,15 +44,13 @@ class Plan:
     spec: VMSpec
     image: Image
     accelerator: Literal["kvm", "tcg"]
-    disks: tuple[Path, ...]
-    seed: Path | None
-    directory: Path
-    sockets: Path
-
-    @property
-    def console_log(self) -> Path:
-        """Where all that the serial console printed is kept."""
-        return self.directory / "console.log"
+    kernel: str | None
+    initrd: str | None
+    disks: tuple[str, ...]
+    seed: str | None
+    console_log: str
+    variables: str
+    sockets: Path | None
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,8 @@ class Hypervisor(Protocol):
     HypervisorError, and NotFound where there is no such machine."""
 
     uri: str
+    #: True for labkit's own daemon, which sees this host's files and sockets as the user does.
+    own: bool
 
     def define(self, plan: Plan) -> None:
         """Make the machine known, switched off."""
@@ -113,6 +117,14 @@ class Hypervisor(Protocol):
         """The hypervisor's own description of it."""
         ...
 
+    def files(self, uuid: str, directory: Path) -> Files:
+        """The machine's files; `directory` is its place on this host, where they may be kept."""
+        ...
+
+    def best_accelerator(self) -> Literal["kvm", "tcg"] | None:
+        """What runs guests fastest there; None where nothing does."""
+        ...
+
     def open_port(self, uuid: str, port: int, deadline: float) -> socket.socket:
         """A stream to one of its channel ports (`deadline` on time.monotonic's clock)."""
         ...
@@ -121,8 +133,8 @@ class Hypervisor(Protocol):
         """One call of the QEMU guest agent: JSON to JSON."""
         ...
 
-    def console_device(self, uuid: str) -> Path:
-        """The host's terminal device that is the other end of its serial console."""
+    def open_console(self, uuid: str) -> socket.socket:
+        """A stream to its serial console."""
         ...
 
     def set_memory(self, uuid: str, size: int) -> None:

@@ -11,15 +11,18 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Concatenate, ParamSpec, TypeVar
+from typing import Any, Concatenate, Literal, ParamSpec, TypeVar
 
 import libvirt
 import libvirt_qemu
 from lxml import etree
 
 from labkit.errors import Conflict, HypervisorError, LabkitError, NotFound, NotRunning
-from labkit.hypervisors import daemon, domain_xml
+from labkit.hypervisors import accelerator, daemon, domain_xml
 from labkit.hypervisors.hypervisor import Plan, SnapshotInfo, State
+from labkit.hypervisors.streams import as_socket
+from labkit.hypervisors.volumes import PoolFiles
+from labkit.storage.files import Files, LocalFiles
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +117,7 @@ class LibvirtHypervisor:
 
     def __init__(self, uri: str, connection: Any) -> None:
         self.uri = uri
+        self.own = not uri
         self._connection = connection
 
     def usable(self) -> bool:
@@ -133,7 +137,8 @@ class LibvirtHypervisor:
             self._connection.close()
 
     def define(self, plan: Plan) -> None:
-        plan.sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if plan.sockets:
+            plan.sockets.mkdir(mode=0o700, parents=True, exist_ok=True)
         try:
             self._connection.defineXML(domain_xml.build(plan))
         except libvirt.libvirtError as exc:
@@ -220,22 +225,47 @@ class LibvirtHypervisor:
         text: str = self._domain(uuid).XMLDesc()
         return text
 
+    def files(self, uuid: str, directory: Path) -> Files:
+        return LocalFiles(directory) if self.own else PoolFiles(self._connection, self.uri, uuid)
+
+    def best_accelerator(self) -> Literal["kvm", "tcg"] | None:
+        """On this host what was proven by a probe guest; elsewhere what libvirt says of its host, which
+        cannot be proven from here."""
+        if self._connection.getURI().partition("://")[2].startswith("/"):
+            return accelerator.best()
+        try:
+            self._connection.getDomainCapabilities(None, None, None, "kvm")
+        except libvirt.libvirtError:
+            return "tcg"
+        return "kvm"
+
     def open_port(self, uuid: str, port: int, deadline: float) -> socket.socket:
-        path = self._channel_path(uuid, f"org.labkit.{port}")
+        name = f"org.labkit.{port}"
         # QEMU listens before libvirt lets the machine run; the wait is for one that starts just now.
         while True:
-            client = socket.socket(socket.AF_UNIX)
             try:
-                client.connect(str(path))
-            except OSError as exc:
-                client.close()
+                return self._open_local(uuid, name) if self.own else self._open_stream(uuid, name)
+            except (OSError, HypervisorError) as exc:
                 if time.monotonic() > deadline or self.state(uuid) not in ("running", "paused"):
                     raise NotRunning(
-                        "The machine's command channel is not there.", evidence=f"{path}: {exc.strerror}"
+                        "The machine's command channel is not there.", evidence=f"{name}: {exc}"
                     ) from exc
                 time.sleep(0.01)
-            else:
-                return client
+
+    def _open_local(self, uuid: str, name: str) -> socket.socket:
+        client = socket.socket(socket.AF_UNIX)
+        try:
+            client.connect(str(self._channel_path(uuid, name)))
+        except BaseException:
+            client.close()
+            raise
+        return client
+
+    @_translated
+    def _open_stream(self, uuid: str, name: str) -> socket.socket:
+        stream = self._connection.newStream()
+        self._domain(uuid).openChannel(name, stream, libvirt.VIR_DOMAIN_CHANNEL_FORCE)
+        return as_socket(stream)
 
     @_translated
     def _channel_path(self, uuid: str, name: str) -> Path:
@@ -252,12 +282,10 @@ class LibvirtHypervisor:
         return answer
 
     @_translated
-    def console_device(self, uuid: str) -> Path:
-        tree = etree.fromstring(self._domain(uuid).XMLDesc())
-        source = tree.find("devices/serial/source")
-        if source is None or not source.get("path"):
-            raise NotRunning("The machine has no serial console while it is off.", mend="Start it: .start()")
-        return Path(source.get("path", ""))
+    def open_console(self, uuid: str) -> socket.socket:
+        stream = self._connection.newStream()
+        self._domain(uuid).openConsole(None, stream, libvirt.VIR_DOMAIN_CONSOLE_FORCE)
+        return as_socket(stream)
 
     @_translated
     def set_memory(self, uuid: str, size: int) -> None:

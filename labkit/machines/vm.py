@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import tempfile
 import threading
 import time
 import uuid as uuids
@@ -14,6 +15,7 @@ from typing import Any, BinaryIO, Literal, Self
 
 from labkit import guests, paths, state
 from labkit.channel.pool import Pool
+from labkit.channel.qga import AgentChannel
 from labkit.errors import (
     BootTimeout,
     CommandTimeout,
@@ -31,10 +33,14 @@ from labkit.machines.base import BaseMachine
 from labkit.machines.machine import Completed, OnOutput
 from labkit.machines.screenshot import Screenshot
 from labkit.specs import VMSpec, check_name, format_size, load_vm, parse_size
-from labkit.storage import qemu_img
+from labkit.storage.files import Files
 
 _pools: dict[str, Pool] = {}
 _pools_lock = threading.Lock()
+
+#: The short names of a VM's files beside its disks.
+_CONSOLE_LOG = "console.log"
+_SEED = "seed.iso"
 
 _STOP_TIMEOUT = 30.0
 #: Seconds for which a command goes on waiting for a machine that is paused: a snapshot pauses it too.
@@ -194,15 +200,15 @@ class VM(BaseMachine):
     @property
     def console_log(self) -> str:
         """All that its serial console printed since it was switched on last."""
-        try:
-            return self._console_path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:
-            return ""
+        return self._files.read(_CONSOLE_LOG).decode(errors="replace")
 
-    @property
-    def console_device(self) -> Path:
-        """The host's terminal that is wired to its serial console, for `screen` and the like."""
-        return self._hypervisor.console_device(self.uuid)
+    def open_console(self) -> socket.socket:
+        """A stream to its serial console; whoever had one before loses it.
+
+        Raises:
+            NotRunning: it is off.
+        """
+        return self._hypervisor.open_console(self.uuid)
 
     def screenshot(self) -> Screenshot:
         """What its screen shows now.
@@ -253,7 +259,8 @@ class VM(BaseMachine):
         disks = self._disks()
         if not 0 <= disk < len(disks):
             raise SpecError(f"{self.name} has no disk {disk}.", mend=f"It has {len(disks)}, counted from 0.")
-        now = int(qemu_img.info(disks[disk])["virtual-size"])
+        files = self._files
+        now = files.size(disks[disk])
         if wanted < now:
             raise SpecError(
                 f"The disk has {format_size(now)} and cannot shrink to {format_size(wanted)}.",
@@ -262,7 +269,7 @@ class VM(BaseMachine):
         if self.state in ("running", "paused"):
             self._hypervisor.resize_disk(self.uuid, disk, wanted)
         else:
-            qemu_img.resize(disks[disk], wanted)
+            files.resize(disks[disk], wanted)
         return self
 
     # Its past
@@ -323,8 +330,9 @@ class VM(BaseMachine):
             clone = VM(entry)
             try:
                 with self._still():
-                    for source, target in zip(self._disks(), clone._disks(), strict=True):
-                        qemu_img.copy(source, target, in_use=True)
+                    ours, theirs = self._files, clone._files
+                    for disk in self._disks():
+                        theirs.copy(disk, ours.path(disk))
                 clone._define()
             except BaseException:
                 clone.remove()
@@ -342,28 +350,44 @@ class VM(BaseMachine):
         return guests.get(self._entry.data["spec"]["image"])
 
     @property
-    def _console_path(self) -> Path:
-        return self._entry.directory / "console.log"
+    def _files(self) -> Files:
+        return self._hypervisor.files(self.uuid, self._entry.directory)
 
-    def _disks(self) -> tuple[Path, ...]:
-        return tuple(
-            self._entry.directory / f"disk{index}.{disk.format}" for index, disk in enumerate(self.spec.disks)
-        )
+    def _disks(self) -> tuple[str, ...]:
+        return tuple(f"disk{index}.{disk.format}" for index, disk in enumerate(self.spec.disks))
 
     def _plan(self) -> Plan:
-        spec, image = self.spec, self._image
+        spec, image, files = self.spec, self._image, self._files
+        direct = spec.boot == "kernel"
         return Plan(
             uuid=self.uuid,
             domain=self.domain,
             lab=self.lab,
             spec=spec,
             image=image,
-            accelerator=_accelerator(spec),
-            disks=self._disks(),
-            seed=self._entry.directory / "seed.iso" if image.cloud_init else None,
-            directory=self._entry.directory,
-            sockets=self._sockets,
+            accelerator=self._choose_accelerator(),
+            kernel=files.shared(image.kernel) if direct and image.kernel else None,
+            initrd=files.shared(image.initrd) if direct and image.initrd else None,
+            disks=tuple(files.path(disk) for disk in self._disks()),
+            seed=files.path(_SEED) if image.cloud_init else None,
+            console_log=files.path(_CONSOLE_LOG),
+            variables=files.path("uefi-variables.fd"),
+            sockets=self._sockets if self._hypervisor.own else None,
         )
+
+    def _choose_accelerator(self) -> Literal["kvm", "tcg"]:
+        wanted = self.spec.accelerator
+        if wanted == "tcg":
+            return "tcg"
+        best = self._hypervisor.best_accelerator()
+        if best is None or (wanted == "kvm" and best != "kvm"):
+            verdict = accelerator.accelerators()["kvm" if wanted == "kvm" else "tcg"]
+            raise HostError(
+                f"{'KVM' if wanted == 'kvm' else 'QEMU'} does not work on this computer.",
+                evidence=verdict.seen,
+                mend="Run labkit doctor, which says how to get it.",
+            )
+        return best
 
     @property
     def _sockets(self) -> Path:
@@ -371,18 +395,19 @@ class VM(BaseMachine):
 
     def make(self) -> None:
         """Make its files and tell the hypervisor; done again, it completes what was begun."""
-        image = self._image
-        for index, (path, disk) in enumerate(zip(self._disks(), self.spec.disks, strict=True)):
-            if path.exists():
+        image, files = self._image, self._files
+        for index, (name, disk) in enumerate(zip(self._disks(), self.spec.disks, strict=True)):
+            if files.exists(name):
                 continue
             if index == 0 and image.disk:
-                base = self._entry.directory / "base.qcow2"
-                _link(image.disk, base)
-                qemu_img.overlay(path, base, disk.size)
+                files.overlay(name, image.disk, disk.size)
             else:
-                qemu_img.create(path, disk)
-        if image.cloud_init:
-            guests.seed(self._entry.directory / "seed.iso", hostname=self.name, instance=self.uuid)
+                files.create(name, disk)
+        if image.cloud_init and not files.exists(_SEED):
+            with tempfile.TemporaryDirectory(prefix="labkit-") as directory:
+                seed = Path(directory) / _SEED
+                guests.seed_iso(seed, hostname=self.name, instance_id=self.uuid)
+                files.keep(_SEED, seed)
         self._define()
 
     def _define(self) -> None:
@@ -400,6 +425,7 @@ class VM(BaseMachine):
     def remove(self) -> None:
         """Remove it from the hypervisor and the ledger; the caller holds the lab's lock."""
         self._hypervisor.remove(self.uuid, self.lab)
+        self._files.remove()
         self._disconnect()
         with _pools_lock:
             _pools.pop(self.uuid, None)
@@ -427,8 +453,6 @@ class VM(BaseMachine):
         return self._hypervisor.open_port(self.uuid, port, deadline)
 
     def _agent(self) -> AgentChannel:
-        from labkit.channel.qga import AgentChannel
-
         return AgentChannel(lambda command, timeout: self._hypervisor.agent_call(self.uuid, command, timeout))
 
     def _disconnect(self) -> None:
@@ -534,28 +558,3 @@ def new_entry(lab: str, spec: VMSpec, uri: str) -> state.Entry:
         uri=uri,
         data={"domain": domain, "spec": spec.model_dump(mode="json")},
     )
-
-
-def _accelerator(spec: VMSpec) -> Literal["kvm", "tcg"]:
-    if spec.accelerator == "tcg":
-        return "tcg"
-    best = accelerator.best()
-    if best is None or (spec.accelerator == "kvm" and best != "kvm"):
-        verdict = accelerator.accelerators()["kvm" if spec.accelerator == "kvm" else "tcg"]
-        raise HostError(
-            f"{'KVM' if spec.accelerator == 'kvm' else 'QEMU'} does not work on this computer.",
-            evidence=verdict.seen,
-            mend="Run labkit doctor, which says how to get it.",
-        )
-    return best
-
-
-def _link(source: Path, target: Path) -> None:
-    """Keep an image for this machine even when the cache is emptied; a copy costs space only across
-    file systems."""
-    if target.exists():
-        return
-    try:
-        os.link(source, target)
-    except OSError:
-        qemu_img.copy(source, target)

@@ -1,0 +1,1 @@
+"""Disks: making, copying and asking about them."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -79,3 +81,30 @@ def test_no_container_engine_is_among_what_up_installs(repository: Path) -> None
 
 def test_every_notice_of_the_licence_is_there(repository: Path) -> None:
     assert "Apache License" in (repository / "LICENSE").read_text()
+
+
+def _imported(package: Path) -> set[str]:
+    """The top names of all modules that the package imports, wherever in a file it does."""
+    names: set[str] = set()
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names.add(node.module.partition(".")[0])
+    return names
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def test_whatever_the_package_imports_is_declared(project: dict[str, Any], repository: Path) -> None:
+    declared = {_normal(re.split(r"[<>=!~;\[ ]", entry)[0]) for entry in project["project"]["dependencies"]}
+    providers = importlib.metadata.packages_distributions()
+    undeclared = {
+        name
+        for name in _imported(repository / "labkit") - set(sys.stdlib_module_names) - {"labkit"}
+        if not declared & {_normal(provider) for provider in providers.get(name, [])}
+    }
+    assert undeclared == set()

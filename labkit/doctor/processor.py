@@ -40,7 +40,7 @@ def cpu_flags(text: str | None = None) -> Check:
         "info",
         seen,
         "The processor shows no hardware virtualization, so QEMU translates guests' code (TCG).",
-        "Nothing has to be done. For more speed: " + _expose(cpu),
+        "Nothing has to be done. For more speed: " + expose(cpu),
     )
 
 
@@ -59,7 +59,7 @@ _NESTED = {
 }
 
 
-def _expose(cpu: hardware_cpu.CpuFlags, vendor: str | None = None) -> str:
+def expose(cpu: hardware_cpu.CpuFlags, vendor: str | None = None) -> str:
     """How vmx or svm could come to show on this computer."""
     if not cpu.beneath_hypervisor:
         amd = cpu.vendor == "AuthenticAMD"
@@ -69,10 +69,8 @@ def _expose(cpu: hardware_cpu.CpuFlags, vendor: str | None = None) -> str:
     for name, how in _NESTED.items():
         if vendor.startswith(name):
             return f"this is a virtual machine; turn on nested virtualization: {how}"
-    return (
-        "this is a virtual machine; turn on nested virtualization in the hypervisor beneath it, which does "
-        f"not tell its name. VirtualBox: {_NESTED['innotek']}; KVM: {_NESTED['QEMU']}"
-    )
+    both = f"{_NESTED['innotek']}, or {_NESTED['QEMU']}"
+    return f"this is a virtual machine; turn on nested virtualization in the hypervisor beneath it: {both}"
 
 
 def kvm_device(device: Path = accelerator.KVM_DEVICE) -> Check:
@@ -119,11 +117,12 @@ def _kvm_forbidden(device: Path) -> Check:
         f"{device} is there, and this user may not open it (mode {seen.st_mode & 0o7777:04o}, "
         f"group {_group(seen.st_gid)})",
         "If KVM works here, machines could be much faster than with TCG.",
-        _join_kvm(device),
+        join_kvm(device),
     )
 
 
-def _join_kvm(device: Path) -> str:
+def join_kvm(device: Path) -> str:
+    """How this user gets the permission to open the device."""
     mode = device.stat()
     if mode.st_mode & 0o060 == 0o060 and mode.st_gid != 0:
         return f"`sudo usermod -aG {_group(mode.st_gid)} $USER`, then log out and in again"
@@ -184,11 +183,11 @@ def _mend_kvm(device: Path, cpuinfo: str | None) -> str:
     except LabkitError as exc:
         return f"Nothing has to be done. {exc.mend}"
     if cpu.virtualization is None and cpu.arch == "x86":
-        return "Nothing has to be done. For more speed: " + _expose(cpu)
+        return "Nothing has to be done. For more speed: " + expose(cpu)
     if not device.exists():
-        return f'`{_modprobe(cpuinfo)}`. If it says "disabled by bios" or "not supported": {_expose(cpu)}'
+        return f'`{_modprobe(cpuinfo)}`. If it says "disabled by bios" or "not supported": {expose(cpu)}'
     if not os.access(device, os.R_OK | os.W_OK):
-        return _join_kvm(device)
+        return join_kvm(device)
     module = _modprobe(cpuinfo).split()[-1]
     return (
         f"Stop what else uses hardware virtualization (VirtualBox, VMware), then "

@@ -124,10 +124,11 @@ def _as_text(check: Check) -> list[str]:
 
 def _as_row(check: Check) -> str:
     mend = f"<div class='mend'>→ {_rich(check.mend)}</div>" if check.mend else ""
+    seen = f"<div class='seen'>{html.escape(check.seen)}</div>"
     return (
         f"<tr class='{check.status}'><td class='id'>{html.escape(check.id)}</td>"
         f"<td class='status'><span>{_SYMBOLS[check.status]}&nbsp;{check.status}</span></td>"
-        f"<td><div>{_rich(check.meaning)}</div><div class='seen'>{_rich(check.seen)}</div>{mend}</td></tr>"
+        f"<td><div>{_rich(check.meaning)}</div>{seen}{mend}</td></tr>"
     )
 
 
@@ -146,7 +147,8 @@ def _rich(text: str) -> str:
 _CSS = """
 .labkit-doctor table { border-collapse: collapse; width: 100%; max-width: 62em; font-size: 0.95em; }
 .labkit-doctor th, .labkit-doctor td { text-align: left !important; vertical-align: top;
-  padding: 0.5em 0.8em; white-space: normal; border-bottom: 1px solid rgba(128, 128, 128, 0.3); }
+  padding: 0.5em 0.8em; white-space: normal; line-height: 1.4;
+  border-bottom: 1px solid rgba(128, 128, 128, 0.3); }
 .labkit-doctor thead th { font-weight: 600; border-bottom-width: 2px; }
 .labkit-doctor tbody tr { background: none !important; }
 .labkit-doctor .id { font-weight: 600; white-space: nowrap; }

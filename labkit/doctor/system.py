@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from labkit import paths, tools
@@ -84,17 +84,18 @@ def memory(found: hardware_host.Memory | None = None) -> Check:
     )
 
 
-def disk(places: Mapping[str, Path] | None = None) -> Check:
+def disk(places: Mapping[str, Path] | None = None, *, free: Callable[[Path], int] | None = None) -> Check:
     """Is there room where images and machines' disks go?
 
     Arguments:
         places: what is kept there, and where; labkit's cache and state directories by default.
+        free: asked for the free bytes at a path, in place of the file system.
     """
     places = places or {"images": paths.cache_dir(), "disks": paths.state_dir()}
-    free = {place: shutil.disk_usage(place).free for place in places.values()}
-    least = min(free.values())
+    room = {place: free(place) if free else shutil.disk_usage(place).free for place in places.values()}
+    least = min(room.values())
     seen = "; ".join(
-        f"{free[place] / GiB:.1f} GiB free for {what} in {place}" for what, place in places.items()
+        f"{room[place] / GiB:.1f} GiB free for {what} in {place}" for what, place in places.items()
     )
     if least >= _DISK_GOOD:
         return Check("disk", "ok", seen, "Enough for all of the course's images and disks.")

@@ -344,9 +344,11 @@ def _verdict(name: str, guest: Probe, run: _Run, deadline: float) -> Verdict:
 def _evidence(guest: Probe, run: _Run, deadline: float) -> str:
     stages = guest.reached(run.console)
     parts = [f"the probe guest reached: {', '.join(stages)}" if stages else "the probe guest said nothing"]
+    if guest.finished(run.console) and run.returncode == guest.exit_status:
+        return f"{parts[0]}, the right answer"
     parts.append(_exit(run.returncode, deadline))
     lines = run.stderr.strip().splitlines()
-    if lines and run.returncode not in {None, guest.exit_status}:
+    if lines and run.returncode is not None:
         parts.append("it said: " + " / ".join(lines[-_STDERR_LINES:]))
     return "; ".join(parts)
 
@@ -355,7 +357,7 @@ def _exit(returncode: int | None, deadline: float) -> str:
     if returncode is None:
         return f"QEMU was ended after {deadline:.3g} s"
     if returncode < 0:
-        return f"QEMU died of {signal.Signals(-returncode).name}"
+        return f"QEMU died of signal {-returncode} ({signal.strsignal(-returncode)})"
     return f"QEMU exited with {returncode}"
 
 

@@ -58,8 +58,13 @@ system_packages() {
   ((${#missing[@]} == 0)) || say "$dots installing with apt, and starting no service: ${missing[*]}"
   local marker='labkit: working as root' status=0
   try "$what" "${how[@]}" bash "$root/scripts/install-packages" "${missing[@]}" || status=$?
-  ((status == 0)) || failed "$what" "$status" \
-    "see that this computer reaches its package mirror and that no other installation runs, and run
+  if ((status != 0)); then
+    local remedy="see that this computer reaches its package mirror and that no other installation runs, and run
     ./lab again; or have the administrator run:  $by_hand"
+    if tail -n 3 "$log" | grep -qE 'sudo: .*(password|terminal)|not in the sudoers|not allowed to'; then
+      remedy="run ./lab in a terminal as somebody who may use sudo, or have the administrator run:  $by_hand"
+    fi
+    failed "$what" "$status" "$remedy"
+  fi
   done_with "$what" "${#missing[@]} installed"
 }

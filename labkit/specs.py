@@ -6,12 +6,13 @@ Sizes are bytes, and may be written as text: "256 MiB", "1 GiB", "1.5G" (binary 
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, model_validator
 
 from labkit.errors import SpecError
 
@@ -20,14 +21,17 @@ __all__ = ["DiskSpec", "VMSpec", "check_name", "format_size", "parse_size"]
 KiB, MiB, GiB, TiB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 
 _UNITS = {"": 1, "B": 1, "K": KiB, "M": MiB, "G": GiB, "T": TiB}
-_SIZE = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMGT]?)(?:iB|B)?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*([0-9]{1,20}(?:\.[0-9]{1,20})?)\s*([KMGT]?)(?:iB|B)?\s*", re.IGNORECASE)
 _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9-]*[A-Za-z0-9])?")
 _NAME_MAX = 40
+_CPU_MODEL = re.compile(r"[A-Za-z0-9_.,+=-]{1,80}")
 
 MAX_MEMORY = 4 * TiB
 MIN_MEMORY = 64 * MiB
 MAX_CPUS = 64
 MAX_DISK = 16 * TiB
+#: What a PC's 32 PCI slots hold beside the machine's own devices.
+MAX_DISKS, MAX_NETWORKS = 16, 8
 
 
 def parse_size(value: object) -> int:
@@ -36,13 +40,14 @@ def parse_size(value: object) -> int:
     Raises:
         SpecError: the text is no size.
     """
-    if isinstance(value, bool) or not isinstance(value, int | str):
-        raise SpecError(f"{value!r} is not a size.", mend='Write it as "256 MiB" or as a number of bytes.')
-    if isinstance(value, int):
+    mend = 'Write a number and a unit, such as "256 MiB" or "1 GiB", or a whole number of bytes.'
+    if isinstance(value, int) and not isinstance(value, bool):
+        if abs(value) >= 1 << 63:
+            raise SpecError(f"A size of {value.bit_length()} bits cannot be had.", mend=mend)
         return value
-    match = _SIZE.fullmatch(value)
+    match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if not match:
-        raise SpecError(f"{value!r} is not a size.", mend='Write a number and a unit: "256 MiB", "1 GiB".')
+        raise SpecError(f"{_brief(value)} is not a size.", mend=mend)
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
@@ -65,7 +70,9 @@ def check_name(name: object, what: str = "machine") -> str:
     """
     rule = f"Use 1 to {_NAME_MAX} letters, digits and hyphens, such as web-1, with no hyphen at either end."
     if not isinstance(name, str):
-        raise SpecError(f"The name of a {what} is text, not {name!r}.", mend=rule)
+        raise SpecError(f"The name of a {what} is text, not {_brief(name)}.", mend=rule)
+    if not name:
+        raise SpecError(f"The name of a {what} cannot be empty.", mend=rule)
     if len(name) > _NAME_MAX:
         raise SpecError(f"The {what} name {name[:20]!r}… has {len(name)} characters.", mend=rule)
     if not _NAME.fullmatch(name):
@@ -87,8 +94,36 @@ def _bounded(low: int, high: int, what: str) -> AfterValidator:
 
 def _cpus(count: object) -> int:
     if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= MAX_CPUS:
-        raise SpecError(f"{count!r} is not a number of CPUs.", mend=f"Ask for 1 to {MAX_CPUS}.")
+        raise SpecError(f"{_brief(count)} is not a number of CPUs.", mend=f"Ask for 1 to {MAX_CPUS}.")
     return count
+
+
+def _cpu_model(model: object) -> object:
+    if model is None or (isinstance(model, str) and _CPU_MODEL.fullmatch(model)):
+        return model
+    raise SpecError(
+        f"{_brief(model)} cannot be a CPU model.",
+        mend="qemu-system-x86_64 -cpu help lists those that there are.",
+    )
+
+
+def _at_most(count: int, what: str) -> BeforeValidator:
+    def check(given: object) -> object:
+        if not isinstance(given, list | tuple):
+            raise SpecError(f"The {what} are a list, not {_brief(given)}.", mend=f"Write {what}=[…].")
+        if len(given) > count:
+            raise SpecError(f"A machine cannot have {len(given)} {what}.", mend=f"Ask for at most {count}.")
+        return given
+
+    return BeforeValidator(check)
+
+
+def _brief(value: object, limit: int = 60) -> str:
+    try:
+        text = repr(value)
+    except ValueError:  # an integer too long to be printed
+        text = f"a huge {type(value).__name__}"
+    return text if len(text) <= limit else f"{text[:limit]}…"
 
 
 Name = Annotated[str, BeforeValidator(check_name)]
@@ -115,11 +150,23 @@ class _Spec(BaseModel):
 def _spec_error(kind: str, exc: pydantic.ValidationError) -> SpecError:
     """One sentence from pydantic's report: our own error where a validator of ours raised it."""
     first = exc.errors()[0]
-    inner = first.get("ctx", {}).get("error")
+    context = first.get("ctx", {})
+    inner = context.get("error")
     if isinstance(inner, SpecError):
         return inner
     field = ".".join(str(part) for part in first["loc"]) or kind
-    return SpecError(f"{field}: {first['msg']} (got {first.get('input')!r}).")
+    given = _brief(first.get("input"))
+    match first["type"]:
+        case "literal_error":
+            return SpecError(f"{given} is no {field}.", mend=f"Choose {context['expected']}.")
+        case "missing":
+            return SpecError(f"{kind} needs a {field}.", mend=f"Say {field}=….")
+        case "extra_forbidden":
+            fields = list((VMSpec if kind == "VMSpec" else DiskSpec).model_fields)
+            close = difflib.get_close_matches(field, fields, n=1)
+            hint = f"Did you mean {close[0]}? " if close else ""
+            return SpecError(f"{kind} has no field {field}.", mend=f"{hint}There are: {', '.join(fields)}.")
+    return SpecError(f"{given} cannot be the {field}: {first['msg']}.", mend=f"See help(labkit.{kind}).")
 
 
 class DiskSpec(_Spec):
@@ -155,13 +202,13 @@ class VMSpec(_Spec):
     max_memory: Memory | None = None
     cpus: Cpus = 1
     max_cpus: Cpus | None = None
-    disks: tuple[DiskSpec, ...] = ()
+    disks: Annotated[tuple[DiskSpec, ...], _at_most(MAX_DISKS, "disks")] = ()
     boot: Literal["kernel", "disk"] = "kernel"
     firmware: Literal["bios", "uefi"] = "bios"
     machine: Literal["pc", "q35", "virt"] = "pc"
     accelerator: Literal["auto", "kvm", "tcg"] = "auto"
-    cpu: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.,+=-]{1,80}$")] | None = None
-    networks: tuple[Name, ...] = ()
+    cpu: Annotated[str | None, BeforeValidator(_cpu_model)] = None
+    networks: Annotated[tuple[Name, ...], _at_most(MAX_NETWORKS, "networks")] = ()
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

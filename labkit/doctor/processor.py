@@ -73,7 +73,7 @@ def expose(cpu: hardware_cpu.CpuFlags, vendor: str | None = None) -> str:
     return f"this is a virtual machine; turn on nested virtualization in the hypervisor beneath it: {both}"
 
 
-def kvm_device(device: Path = accelerator.KVM_DEVICE) -> Check:
+def kvm_device(device: Path = accelerator.KVM_DEVICE, *, cpuinfo: str | None = None) -> Check:
     """Is /dev/kvm there, and may we open it? Neither proves that KVM works."""
     try:
         descriptor = os.open(device, os.O_RDWR | os.O_CLOEXEC)
@@ -86,7 +86,7 @@ def kvm_device(device: Path = accelerator.KVM_DEVICE) -> Check:
             f"Nothing has to be done. Where the processor shows vmx or svm: `{_modprobe()}`",
         )
     except PermissionError:
-        return _kvm_forbidden(device)
+        return kvm_forbidden(device, cpuinfo)
     except OSError as exc:
         return Check(
             "kvm-device",
@@ -109,13 +109,23 @@ def kvm_device(device: Path = accelerator.KVM_DEVICE) -> Check:
     )
 
 
-def _kvm_forbidden(device: Path) -> Check:
+def kvm_forbidden(device: Path, cpuinfo: str | None = None) -> Check:
+    """The device is there, and this user may not open it."""
     seen = device.stat()
+    mode = f"mode {seen.st_mode & 0o7777:04o}, group {_group(seen.st_gid)}"
+    evidence = f"{device} is there, and this user may not open it ({mode})"
+    if not _should_work(device, cpuinfo):
+        return Check(
+            "kvm-device",
+            "info",
+            evidence,
+            "The processor shows no hardware virtualization, so little is lost; machines run with TCG.",
+            f"Nothing has to be done. To see what it can do: {join_kvm(device)}",
+        )
     return Check(
         "kvm-device",
         "warn",
-        f"{device} is there, and this user may not open it (mode {seen.st_mode & 0o7777:04o}, "
-        f"group {_group(seen.st_gid)})",
+        evidence,
         "If KVM works here, machines could be much faster than with TCG.",
         join_kvm(device),
     )
@@ -159,20 +169,24 @@ def accelerator_kvm(
         return Check(
             "accelerator-kvm", "ok", _told(verdict), "Machines run at nearly the processor's own speed."
         )
+    tried = accelerator.qemu_program() is not None
     return Check(
         "accelerator-kvm",
-        "warn" if _should_work(cpuinfo) else "info",
+        "warn" if _should_work(device, cpuinfo) else "info",
         _told(verdict),
-        "Machines run with TCG instead: everything in the course works, slower.",
+        "Machines run with TCG instead: everything in the course works, slower."
+        if tried
+        else "Without QEMU it could not be tried.",
         _mend_kvm(device, cpuinfo),
     )
 
 
-def _should_work(cpuinfo: str | None) -> bool:
+def _should_work(device: Path, cpuinfo: str | None) -> bool:
     try:
-        return hardware_cpu.cpu_flags(cpuinfo).virtualization is not None
+        cpu = hardware_cpu.cpu_flags(cpuinfo)
     except LabkitError:
         return False
+    return cpu.virtualization is not None or (cpu.arch == "arm64" and device.exists())
 
 
 def _mend_kvm(device: Path, cpuinfo: str | None) -> str:

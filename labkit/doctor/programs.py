@@ -69,18 +69,18 @@ def libvirt_daemon() -> Check:
     )
 
 
-_INSTALL_LIBVIRT = (
-    "`sudo apt install --no-install-recommends libvirt-daemon libvirt-daemon-driver-qemu tini`; or `./lab up`"
-)
+_DAEMON = "libvirt-daemon libvirt-daemon-driver-qemu tini"
+_INSTALL_LIBVIRT = f"`sudo apt install --no-install-recommends {_DAEMON}`; or `./lab up`"
 
 
 def _no_binding(exc: ImportError) -> Check:
-    if "libvirt" in (exc.name or "") or "libvirt" in str(exc):
+    missing = exc.name or "libvirt"
+    mend = pip_install(missing)
+    if missing.startswith("libvirt"):
         # The binding is compiled against the system's library, whichever that is.
-        build = "`sudo apt install libvirt-dev pkg-config gcc python3-dev`"
-        mend = f"{build}, then `{sys.executable} -m pip install libvirt-python`; or `./lab up`"
-    else:
-        mend = f"`{sys.executable} -m pip install {exc.name or 'labkit'}`; or `./lab up`"
+        daemon = "" if tools.which("libvirtd") and tools.which("tini") else f"{_DAEMON} "
+        packages = f"{daemon}libvirt-dev pkg-config gcc python3-dev"
+        mend = f"`sudo apt install --no-install-recommends {packages}`, then {pip_install('libvirt-python')}"
     return Check(
         "libvirt",
         "fail",
@@ -88,6 +88,13 @@ def _no_binding(exc: ImportError) -> Check:
         "labkit speaks to libvirt by it, and libvirt manages the course's virtual machines.",
         mend,
     )
+
+
+def pip_install(packages: str) -> str:
+    """How Python packages are installed where labkit runs."""
+    if sys.prefix == sys.base_prefix:  # pip refuses to touch a distribution's own Python
+        return f"`./lab up`, which makes an environment with {packages}"
+    return f"`{sys.executable} -m pip install {packages}`; or `./lab up`"
 
 
 def _mend_libvirt(exc: LabkitError) -> str:
@@ -112,7 +119,7 @@ def docker(sockets: Sequence[str] | None = None) -> Check:
             "info",
             f"the Python module cannot be imported: {exc}",
             "Containers beside virtual machines are optional; the rest of the course works.",
-            f"Optional: `{sys.executable} -m pip install docker`; or `./lab up`",
+            f"Optional: {pip_install('docker')}",
         )
     tried = []
     for url in docker_urls() if sockets is None else sockets:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from labkit import paths, tools
+from labkit.doctor.programs import pip_install
 from labkit.doctor.report import Check
 from labkit.hardware import host as hardware_host
 
@@ -142,7 +143,7 @@ def jupyter(modules: Sequence[str] = ("jupyterlab", "ipykernel", "ipywidgets")) 
             "warn",
             f"not installed: {', '.join(missing)}",
             "labkit works in scripts and terminals; the notebooks need JupyterLab.",
-            f"`{sys.executable} -m pip install {' '.join(missing)}`; or `./lab up`",
+            pip_install(" ".join(missing)),
         )
     seen = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in modules)
     return Check("jupyter", "ok", seen, "The course's notebooks can be opened here.")
@@ -205,7 +206,8 @@ def _namespace_mend(sysctl: Path) -> tuple[str, str]:
             )
     return "", (
         "In a container, its seccomp profile forbids it: start it with "
-        "`docker run --security-opt seccomp=unconfined …`. Elsewhere, ask whoever runs the computer"
+        "`docker run --security-opt seccomp=unconfined …`. A chroot cannot have one; elsewhere, ask "
+        "whoever runs the computer"
     )
 
 

@@ -148,7 +148,7 @@ def _read() -> str:
     except OSError as exc:
         raise HostError(
             f"{CPUINFO} cannot be read: {exc.strerror}.",
-            mend="mount -t proc proc /proc   (in a container: start it with /proc mounted)",
+            mend="`sudo mount -t proc proc /proc`; a container is started with /proc mounted",
         ) from exc
 
 

@@ -12,7 +12,11 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from labkit.errors import HostError
+
 __all__ = ["Memory", "Orphan", "container_signs", "make_orphan", "memory", "system_vendor"]
+
+MOUNT_PROC = "`sudo mount -t proc proc /proc`; a container is started with /proc mounted"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,15 +39,24 @@ class Memory:
 
 
 def memory(root: Path = Path("/")) -> Memory:
-    """The memory of this computer, or of the one whose /proc and /sys are below `root`."""
-    fields: dict[str, str] = dict(
-        re.findall(r"^(\w+):\s+(\d+) kB", (root / "proc/meminfo").read_text("ascii"), re.MULTILINE)
-    )
+    """The memory of this computer, or of the one whose /proc and /sys are below `root`.
+
+    Raises:
+        HostError: there is no /proc/meminfo.
+    """
+    pairs: list[tuple[str, str]] = re.findall(r"^(\w+):\s+(\d+) kB", _proc(root, "meminfo"), re.MULTILINE)
+    fields = {key: int(value) * 1024 for key, value in pairs}
     return Memory(
-        total=int(fields["MemTotal"]) * 1024,
-        available=int(fields.get("MemAvailable", fields["MemFree"])) * 1024,
-        limit=_cgroup_leaves(root, int(fields["MemTotal"]) * 1024),
+        total=fields["MemTotal"],
+        available=fields.get("MemAvailable", fields["MemFree"]),
+        limit=_cgroup_leaves(root, fields["MemTotal"]),
     )
+
+
+def _proc(root: Path, name: str) -> str:
+    if text := _text(root / "proc" / name):
+        return text
+    raise HostError(f"/proc/{name} cannot be read.", mend=MOUNT_PROC)
 
 
 def _cgroup_leaves(root: Path, total: int) -> int | None:
@@ -116,7 +129,11 @@ def make_orphan(deadline: float = 0.8) -> Orphan:
 
     Arguments:
         deadline: seconds to wait.
+
+    Raises:
+        HostError: there is no /proc to see it in.
     """
+    _proc(Path("/"), "self/status")
     # The shell reports its child's pid and ends; the child ends when it reads the end of its input,
     # which is ours to close, so it always outlives its parent.
     with subprocess.Popen(

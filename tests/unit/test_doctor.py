@@ -150,6 +150,15 @@ def test_joining_the_devices_group_mends_a_missing_permission(
     assert mend in processor.join_kvm(device)
 
 
+@pytest.mark.parametrize(("text", "status"), [(INTEL, "warn"), (GUEST, "info"), (ARM, "warn")])
+def test_a_missing_permission_matters_where_kvm_could_work(text: str, status: str, tmp_path: Path) -> None:
+    device = tmp_path / "kvm"
+    device.touch()
+    check = processor.kvm_forbidden(device, text)
+    assert check.status == status
+    assert "sudo usermod -aG" in check.mend
+
+
 # --- programs ------------------------------------------------------------------------------------
 
 
@@ -250,7 +259,7 @@ def test_a_docker_host_that_is_dead_is_mended_by_its_variable(monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    ("module", "mend"), [("libvirt", "pip install libvirt-python"), ("lxml", "pip install lxml")]
+    ("module", "mend"), [("libvirt", "libvirt-dev pkg-config gcc python3-dev`, then "), ("lxml", "lxml")]
 )
 def test_a_missing_binding_is_mended_and_no_traceback(
     module: str, mend: str, monkeypatch: pytest.MonkeyPatch
@@ -306,7 +315,15 @@ def test_python_is_judged_by_version_and_environment() -> None:
 def test_what_jupyter_lacks_is_named() -> None:
     check = system.jupyter(("json_of_tomorrow", "pytest"))
     assert (check.status, check.seen) == ("warn", "not installed: json_of_tomorrow")
-    assert "pip install json_of_tomorrow" in check.mend
+    assert "json_of_tomorrow" in check.mend
+
+
+def test_pip_is_not_let_loose_on_the_systems_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "base_prefix", "/usr")
+    monkeypatch.setattr(sys, "prefix", "/home/u/.venv")
+    assert programs.pip_install("x") == f"`{sys.executable} -m pip install x`; or `./lab up`"
+    monkeypatch.setattr(sys, "prefix", "/usr")
+    assert "pip install" not in programs.pip_install("x")
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from labkit.errors import HostError
 from labkit.hardware import host
 
 MiB = 1 << 20
@@ -26,6 +27,11 @@ def put(file: Path, text: str) -> None:
 def test_memory_is_what_meminfo_says(root: Path) -> None:
     assert host.memory(root) == host.Memory(total=8192 * MiB, available=4096 * MiB)
     assert host.memory(root).usable == 4096 * MiB
+
+
+def test_no_meminfo_is_a_host_error(tmp_path: Path) -> None:
+    with pytest.raises(HostError, match="/proc/meminfo"):
+        host.memory(tmp_path)
 
 
 @pytest.mark.parametrize(

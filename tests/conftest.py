@@ -10,6 +10,7 @@ the user's LABKIT_CACHE, so that guest images are built once. At its end no proc
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -175,6 +176,10 @@ def _processes_of(base: str) -> dict[int, str]:
     return found
 
 
+def _is_idle_daemon(command: str) -> bool:
+    return "libvirtd --timeout" in command
+
+
 def _remove(base: str) -> None:
     def retry(function: Callable[..., Any], path: str, _: object) -> None:
         Path(path).parent.chmod(stat.S_IRWXU)
@@ -195,14 +200,20 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
         return
     base = os.environ["LABKIT_TEST_BASE"]
     deadline = time.monotonic() + GRACE
+    while not all(map(_is_idle_daemon, _processes_of(base).values())) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    # labkit's private daemon ends by itself half a minute after its last use; it is spared the wait.
+    for pid, command in _processes_of(base).items():
+        if _is_idle_daemon(command):
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGTERM)
+    deadline = max(deadline, time.monotonic() + 5)
     while (alive := _processes_of(base)) and time.monotonic() < deadline:
         time.sleep(0.1)
     for pid, command in alive.items():
         PROBLEMS.append(f"process {pid} outlived the tests: {command[:300]}")
-        try:
+        with contextlib.suppress(OSError):
             os.kill(pid, signal.SIGKILL)
-        except OSError:
-            pass
     if alive:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
     deadline = time.monotonic() + 5

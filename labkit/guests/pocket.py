@@ -46,11 +46,12 @@ _SOURCES = (
     "modules.py",
 )
 
-#: Loaded before the guest answers, beside the drivers of the virtio devices that are there.
-EARLY_MODULES = ("virtio_pci", "virtio_mmio", "virtio_console", "pvpanic_mmio", "pvpanic_pci")
+#: Loaded before the guest answers, beside the drivers of the virtio devices that are there. pvpanic_mmio also
+#: drives the ISA form of the device; the PCI form waits, since switching on a PCI device costs 0.1 s under TCG.
+EARLY_MODULES = ("virtio_pci", "virtio_console", "pvpanic_mmio")
 _EARLY_DRIVERS = ("virtio_net", "virtio_blk", "virtio_scsi", "sd_mod")
 #: Loaded right after it.
-LATE_MODULES = ("virtio_rng", "virtio_balloon", "button", "evdev", "gpio_keys")
+LATE_MODULES = ("pvpanic_pci", "virtio_rng", "virtio_balloon", "button", "evdev", "gpio_keys")
 #: In the image for whoever asks: loaded by `modprobe`, by the kernel itself, or because the hardware is there.
 ON_DEMAND_MODULES = (
     *(
@@ -174,7 +175,19 @@ def build(directory: Path, plan: Plan, progress: Progress) -> Image:
 
 def command_line(arch: str) -> str:
     """The kernel's parameters: a console on the serial port, memory onlined when it is added, a quick boot."""
-    words = [f"console={_CONSOLES[arch]}", "quiet", "panic=0", "memhp_default_state=online"]
+    words = [
+        f"console={_CONSOLES[arch]}",
+        "quiet",
+        "panic=0",  # stay where the kernel died, so that the host sees a crash rather than a reboot
+        "memhp_default_state=online",
+        # Both measured under TCG, CPU time to the first answer: 2.09 s, 1.70 s without the ciphers' self-tests,
+        # 1.64 s when locks are not patched out on one CPU either. What else is recommended for quick boots
+        # (tsc=reliable, no_timer_check, mitigations=off, i8042.*, rcu_expedited) changed nothing.
+        "cryptomgr.notests",
+        "noreplace-smp",
+        # Room to plug memory in makes the kernel set 64 MiB aside for bounce buffers; 2048 slabs are 4 MiB.
+        "swiotlb=2048",
+    ]
     return " ".join(words)
 
 

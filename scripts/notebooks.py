@@ -26,7 +26,7 @@ import sysconfig
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,6 +34,7 @@ from typing import Any
 
 import jupytext
 import nbformat
+from jupyter_client.manager import AsyncKernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError, CellTimeoutError, DeadKernelError
 
@@ -130,7 +131,7 @@ def build(lesson: Lesson) -> float:
     notebook = read_source(lesson)
     begun = time.monotonic()
     with Home() as home:
-        execute(notebook, home.environment, lesson.folder)
+        execute(notebook, home, lesson.folder)
         clean(notebook, home.replacements())
     complaints = list(complaints_about(notebook))
     if complaints:
@@ -143,7 +144,7 @@ def build(lesson: Lesson) -> float:
     return time.monotonic() - begun
 
 
-def execute(notebook: Any, environment: Mapping[str, str], folder: Path) -> None:
+def execute(notebook: Any, home: Home, folder: Path) -> None:
     """Run all cells in a fresh kernel, in place.
 
     Raises:
@@ -151,14 +152,17 @@ def execute(notebook: Any, environment: Mapping[str, str], folder: Path) -> None
     """
     client = NotebookClient(
         notebook,
-        kernel_name="python3",
+        # By unix sockets in a private directory: what goes over loopback, other users could listen to.
+        km=AsyncKernelManager(
+            kernel_name="python3", transport="ipc", connection_file=str(home.path / "kernel.json")
+        ),
         timeout=CELL_TIMEOUT,
         record_timing=False,
         coalesce_streams=True,
         resources={"metadata": {"path": str(folder)}},
     )
     try:
-        client.execute(env=dict(environment))
+        client.execute(env=home.environment)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as exc:
         raise BuildError(_plain(str(exc))) from exc
 
@@ -176,7 +180,6 @@ class Home:
             "LABKIT_HOME": str(self.path),
             "LABKIT_CACHE": str(_cache()),
             "LABKIT_PROGRESS": "off",
-            "PYTHONWARNINGS": "default",
         }
         self.environment.pop("LABKIT_URI", None)
         return self

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,14 +14,18 @@ import psutil
 
 from labkit import guests, owners, reaper, state
 from labkit.errors import Conflict, LabkitError, NotFound, SpecError
-from labkit.hypervisors import daemon
+from labkit.hypervisors import daemon, libvirt
 from labkit.machines.vm import VM, new_entry
-from labkit.specs import DiskSpec, VMSpec, check_name, format_size, parse_size
+from labkit.specs import DiskSpec, VMSpec, check_name, format_size
+
+_log = logging.getLogger(__name__)
 
 #: How many machines are started or removed at one time.
 _AT_ONCE = 16
 #: How many CPUs a machine can be resized to where nothing else is said; a free place costs nothing.
 _MAX_CPUS = 4
+#: Stands for an image's usual memory, in bytes, while a request is looked through.
+_MEMORY = 256 << 20
 #: The disk of a machine whose system is in memory, in bytes; it holds files and snapshots.
 _DISK = 1 << 30
 
@@ -47,8 +52,9 @@ class Lab:
         self.name = check_name(name, "lab")
         self.uri = os.environ.get("LABKIT_URI", "") if uri is None else uri
         self._open = True
+        self._pid = os.getpid()
         owner = owners.explicit() if keep else owners.current()
-        state.claim(name, owner)
+        self._owner = state.claim(name, owner).owner
         if owner.kind != "explicit":
             reaper.ensure()
 
@@ -59,9 +65,10 @@ class Lab:
         Raises:
             NotFound: there is no lab of that name.
         """
-        state.lab(name)
+        record = state.lab(name)
         lab = cls.__new__(cls)
         lab.name, lab.uri, lab._open = name, os.environ.get("LABKIT_URI", ""), True
+        lab._pid, lab._owner = os.getpid(), record.owner
         return lab
 
     def vm(
@@ -106,27 +113,40 @@ class Lab:
             Conflict: a VM of this name is there and differs; the error says in what.
         """
         self._check_open()
-        check_name(name)
-        kind = guests.get(image)
-        size = parse_size(memory) if memory is not None else kind.memory
-        first = disk if isinstance(disk, DiskSpec) else _first_disk(kind.disk is None, disk, kind.disk_size or _DISK)
-        spec = VMSpec(
-            name=name,
-            image=image,
-            memory=size,
-            max_memory=max_memory,
-            cpus=cpus,
-            max_cpus=max(cpus, _MAX_CPUS) if max_cpus is None and isinstance(cpus, int) else max_cpus,
-            disks=(first, *disks),
-            boot=boot or kind.boots[0],
-            firmware=firmware,
-            machine=machine or ("virt" if kind.arch == "aarch64" else "pc"),
-            accelerator=accelerator,
-            cpu=cpu,
-            networks=tuple(networks),
-        )
+        asked: dict[str, Any] = {
+            "name": name,
+            "image": image,
+            "cpus": cpus,
+            "disks": disks,
+            "networks": networks,
+            "firmware": firmware,
+            "accelerator": accelerator,
+        }
+        optional = {
+            "memory": memory,
+            "max_memory": max_memory,
+            "max_cpus": max_cpus,
+            "boot": boot,
+            "machine": machine,
+            "cpu": cpu,
+        }
+        asked |= {field: value for field, value in optional.items() if value is not None}
+        first = disk if disk is None or isinstance(disk, DiskSpec) else _disk(disk)
+        # Looked through before the image is made, which may take a while.
+        draft = VMSpec(**{"memory": asked.get("max_memory", _MEMORY), **asked})
+        self._check_networks(draft)
+        kind = guests.get(draft.image)
+        usual = {
+            "memory": kind.memory,
+            "max_cpus": max(draft.cpus, _MAX_CPUS),
+            "boot": kind.boots[0],
+            "machine": "virt" if kind.arch == "aarch64" else "pc",
+        }
+        first = first or _disk(kind.disk_size or _DISK)
+        if kind.disk is None and not isinstance(disk, DiskSpec):
+            first = first.model_copy(update={"filesystem": "ext4"})
+        spec = VMSpec(**{**usual, **asked, "disks": (first, *draft.disks)})
         self._check_fits(spec)
-        self._check_networks(spec)
         return self._get_or_make(spec)
 
     @property
@@ -156,15 +176,17 @@ class Lab:
         return _all(chosen, lambda vm: vm.start(timeout=timeout or vm.patience * crowd))
 
     def close(self) -> None:
-        """Remove the lab with everything in it; nothing where it is gone already."""
+        """Remove the lab with everything in it; nothing where it is gone already, or another's by now."""
         self._open = False
-        remove(self.name)
+        remove(self.name, only_of=self._owner)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.close()
+        # The child of a fork that leaves the block, say by sys.exit, does not end its parent's lab.
+        if os.getpid() == self._pid:
+            self.close()
 
     def __repr__(self) -> str:
         if self.name not in state.lab_names():
@@ -231,9 +253,10 @@ class Lab:
 
     def _check_fits(self, spec: VMSpec) -> None:
         total = psutil.virtual_memory().total
-        if not self.uri and spec.memory > total:
+        most = max(spec.memory, spec.max_memory or 0)
+        if not self.uri and most > total:
             raise SpecError(
-                f"{format_size(spec.memory)} of memory is more than this computer has.",
+                f"{format_size(most)} of memory is more than this computer has.",
                 evidence=f"memory of this computer: {format_size(total)}",
                 mend="Ask for less.",
             )
@@ -256,7 +279,27 @@ def remove(name: str, *, only_of: owners.Owner | None = None) -> None:
         if record is None or (only_of and record.owner != only_of):
             return
         _all([VM(entry) for entry in record.entries("vm")], VM.remove)
+        if state.unreadable(name):
+            _remove_strays(name)
         state.forget_lab(name)
+
+
+def _remove_strays(name: str | None = None) -> list[str]:
+    """Remove the machines that carry the label of this lab (of any, where None) and that the ledger has
+    lost, at labkit's own daemon, where nobody else makes such; returns their names there."""
+    hypervisor = libvirt.connect()
+    known = {entry.uuid for lab in state.lab_names() for entry in _entries(lab)}
+    removed = []
+    for uuid, domain, lab in hypervisor.labelled():
+        if uuid not in known and name in (None, lab):
+            hypervisor.remove(uuid, lab)
+            removed.append(domain)
+    return removed
+
+
+def _entries(lab: str) -> list[state.Entry]:
+    record = state.peek(lab)
+    return record.entries("vm") if record else []
 
 
 @dataclass(frozen=True)
@@ -286,26 +329,48 @@ def clean(names: Sequence[str] | None = None, *, in_use: bool = False) -> Cleane
         else:
             remove(record.name)
             done.removed.append(record.name)
+    if not names:
+        done.removed.extend(_remove_strays())
+        done.removed.extend(state.forget_strays())
     if not state.lab_names():
         daemon.stop()
     return done
 
 
 def inventory() -> list[dict[str, str]]:
-    """All that labkit made and that is there: `lab`, `kind`, `name` and `state` of each."""
-    things = []
-    for name in state.lab_names():
-        record = state.peek(name)
-        for entry in record.entries("vm") if record else ():
-            things.append(
-                {"lab": entry.lab, "kind": entry.kind, "name": entry.name, "state": VM(entry).state}
-            )
-    return things
+    """All that labkit made and that is there: `lab`, `kind`, `name` and `state` of each.
+
+    The state is "unknown" where the hypervisor cannot be reached.
+    """
+    records = [record for record in map(state.peek, state.lab_names()) if record]
+    if any(record.owner.kind != "explicit" for record in records):
+        reaper.ensure()  # it may have been killed since
+    unreachable: set[str] = set()
+    return [
+        {
+            "lab": entry.lab,
+            "kind": entry.kind,
+            "name": entry.name,
+            "state": _state_of(entry, unreachable),
+        }
+        for record in records
+        for entry in record.entries("vm")
+    ]
 
 
-def _first_disk(empty: bool, asked: str | int | None, usual: int) -> DiskSpec:
-    """The first disk: a place for files where the system is in memory, the system's own elsewhere."""
-    return DiskSpec(size=usual if asked is None else asked, filesystem="ext4" if empty else None)
+def _state_of(entry: state.Entry, unreachable: set[str]) -> str:
+    if entry.uri in unreachable:
+        return "unknown"
+    try:
+        return VM(entry).state
+    except LabkitError as exc:
+        _log.warning("%s", exc)
+        unreachable.add(entry.uri)
+        return "unknown"
+
+
+def _disk(size: Any) -> DiskSpec:
+    return DiskSpec(size=size)
 
 
 def _all(vms: Iterable[VM], do: Callable[[VM], Any]) -> list[Any]:

@@ -8,6 +8,7 @@ explicit   a person, by the command line: never gone; the lab stays until it is 
 from __future__ import annotations
 
 import contextlib
+import http.client
 import json
 import os
 import sys
@@ -86,12 +87,13 @@ class Owner:
             return False
         try:
             server: dict[str, Any] = json.loads(Path(self.server).read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            pid, url = int(server["pid"]), str(server["url"])
+        except (OSError, ValueError, KeyError, TypeError):
             return False
-        if _start_time(int(server["pid"])) is None:
+        if _start_time(pid) is None:
             return False
         request = urllib.request.Request(
-            f"{server['url']}api/kernels/{self.kernel}",
+            f"{url}api/kernels/{self.kernel}",
             headers={"Authorization": f"token {server.get('token', '')}"},
         )
         try:
@@ -101,7 +103,7 @@ class Owner:
                 return True
         except urllib.error.HTTPError as exc:
             return exc.code != 404
-        except OSError:
+        except (OSError, http.client.HTTPException):
             return True
 
 

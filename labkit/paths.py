@@ -4,6 +4,10 @@
     state     disks, saved states, the ledger of what exists
     runtime   sockets, in a short path of mode 0700 (a unix socket's path holds at most 107 bytes)
 
+The runtime directory hangs on the state directory alone: whoever comes to the same ledger, from a desktop,
+over ssh or by cron, must find the same daemon. (XDG_RUNTIME_DIR and TMPDIR differ between these, and the
+former goes at logout, when machines may still run.)
+
 `LABKIT_HOME` puts all three below one directory instead, which makes a kit of its own that meets no
 other: tests and graders use it.
 """
@@ -13,14 +17,15 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
-import tempfile
 from pathlib import Path
 
 import platformdirs
 
 from labkit.errors import HostError
 
-_RUNTIME_PATH_MAX = 60  # leaves room below it for libvirt's own directories and socket names
+#: Bytes of a runtime directory's path. Below it QEMU's monitor socket has the longest name, with a domain's
+#: number of up to five digits: c/libvirt/qemu/lib/domain-12345-labkit.abcdefghijklm/monitor.sock.
+_RUNTIME_PATH_MAX = 107 - 66
 
 
 def home() -> Path | None:
@@ -38,14 +43,14 @@ def cache_dir() -> Path:
     elif base:
         path = base / "cache"
     else:
-        path = platformdirs.user_cache_path("labkit")
+        path = _of_user(platformdirs.user_cache_path("labkit"))
     return _made(path)
 
 
 def state_dir() -> Path:
     """Disks, saved states and the ledger; made if it is not there, mode 0700."""
     base = home()
-    return _private(base / "state" if base else platformdirs.user_state_path("labkit"))
+    return _private(base / "state" if base else _of_user(platformdirs.user_state_path("labkit")))
 
 
 def runtime_dir() -> Path:
@@ -54,20 +59,26 @@ def runtime_dir() -> Path:
     Raises:
         HostError: somebody else owns the directory, or others may enter it.
     """
-    base = home()
-    if base and len(os.fsencode(base / "run")) <= _RUNTIME_PATH_MAX:
-        return _private(base / "run")
-    given = os.environ.get("XDG_RUNTIME_DIR")
-    if not base and given and os.access(given, os.W_OK) and len(given) <= _RUNTIME_PATH_MAX - 7:
-        return _private(Path(given) / "labkit")
+    near = (home() or state_dir()) / "run"
+    if len(os.fsencode(near)) <= _RUNTIME_PATH_MAX:
+        return _private(near)
     # The name tells apart the kits of one user; whoever else made it first is caught by _private.
     key = hashlib.sha256(os.fsencode(state_dir())).hexdigest()[:8]
-    return _private(Path(tempfile.gettempdir()) / f"labkit-{os.getuid()}-{key}")
+    return _private(Path("/tmp") / f"labkit-{os.getuid()}-{key}")
+
+
+def _of_user(path: Path) -> Path:
+    if not path.is_absolute():  # "~" stands as it is where HOME is unset and the user has no entry
+        raise HostError("You have no home directory on this computer.", mend="Set HOME, or LABKIT_HOME.")
+    return path
 
 
 def _made(path: Path) -> Path:
+    """Make it with its parents, all of them closed to others, whatever the umask."""
     try:
-        path.mkdir(parents=True, exist_ok=True)
+        for missing in reversed([each for each in (path, *path.parents) if not each.exists()]):
+            missing.mkdir(mode=0o700, exist_ok=True)
+        path.mkdir(exist_ok=True)  # raises where it is a file
     except OSError as exc:
         raise HostError(
             f"The directory {path} cannot be made: {exc.strerror}.",

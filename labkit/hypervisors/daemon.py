@@ -17,6 +17,7 @@ import socket
 import subprocess
 import time
 from pathlib import Path
+from urllib.parse import quote
 
 from labkit import paths, state
 from labkit.errors import HypervisorError
@@ -45,7 +46,7 @@ def uri() -> str:
         with state.lock_file(paths.state_dir() / "libvirtd.lock"):
             if not _answers(path):
                 _start(path)
-    return f"qemu+unix:///session?socket={path}"
+    return f"qemu+unix:///session?socket={quote(str(path))}"
 
 
 def socket_path() -> Path:
@@ -144,7 +145,7 @@ def _environment(runtime: Path) -> dict[str, str]:
     persistent = paths.state_dir() / "libvirt"
     (persistent / "libvirt").mkdir(parents=True, exist_ok=True)
     (persistent / "libvirt" / "qemu.conf").write_text(_QEMU_CONF, encoding="utf-8")
-    link = runtime / "config"
+    link = runtime / "c"
     if not link.is_symlink() or Path(os.readlink(link)) != persistent:
         link.unlink(missing_ok=True)
         link.symlink_to(persistent)

@@ -143,8 +143,27 @@ class LibvirtHypervisor:
             self._connection.defineXML(domain_xml.build(plan))
         except libvirt.libvirtError as exc:
             if exc.get_error_code() == libvirt.VIR_ERR_OPERATION_FAILED and "already exists" in str(exc):
+                if self.own and self._remove_stray(plan):
+                    return self.define(plan)
                 raise Conflict(f"A machine named {plan.domain} exists already.", evidence=str(exc)) from exc
             raise _error("define", plan.uuid, exc) from exc
+
+    def _remove_stray(self, plan: Plan) -> bool:
+        """At labkit's own daemon, a machine of the same name and lab but another identity is one that the
+        ledger has lost (somebody removed its files, say)."""
+        stray = self._connection.lookupByName(plan.domain).UUIDString()
+        if stray == plan.uuid:
+            return False
+        self.remove(stray, plan.lab)
+        return True
+
+    def labelled(self) -> list[tuple[str, str, str]]:
+        """The machines there that carry a lab's label: identity, name there and lab of each."""
+        try:
+            found = [(d.UUIDString(), d.name(), d.XMLDesc()) for d in self._connection.listAllDomains()]
+        except libvirt.libvirtError as exc:
+            raise _error("list", "all", exc) from exc
+        return [(uuid, name, lab) for uuid, name, xml in found if (lab := domain_xml.label_of(xml))]
 
     def state(self, uuid: str) -> State:
         try:

@@ -63,6 +63,6 @@ serve() { # serve PORT-OR-NOTHING
   cd "$root"
   exec 9>&-
   exec "$venv/bin/jupyter" lab --ServerApp.ip=127.0.0.1 --ServerApp.port="$port" --ServerApp.port_retries=0 \
-    --ServerApp.root_dir="$root" --LabApp.default_url="$page" --ServerApp.log_level=WARN \
-    --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdates "${options[@]}"
+    --ServerApp.root_dir="$root" --LabApp.default_url="$page" --Application.log_level=WARN \
+    --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate "${options[@]}"
 }

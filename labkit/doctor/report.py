@@ -143,23 +143,25 @@ def _rich(text: str) -> str:
     )
 
 
+# `div.` outweighs JupyterLab's own rules, which make equal columns.
 # No colour is fixed against the page: text keeps the theme's, tints are transparent. Status is a word.
 _CSS = """
-.labkit-doctor table { border-collapse: collapse; width: 100%; max-width: 62em; font-size: 0.95em; }
-.labkit-doctor th, .labkit-doctor td { text-align: left !important; vertical-align: top;
+div.labkit-doctor table { border-collapse: collapse; width: 100%; max-width: 62em;
+  table-layout: auto; margin: 0; font-size: 0.95em; }
+div.labkit-doctor th, div.labkit-doctor td { text-align: left !important; vertical-align: top;
   padding: 0.5em 0.8em; white-space: normal; line-height: 1.4;
   border-bottom: 1px solid rgba(128, 128, 128, 0.3); }
-.labkit-doctor thead th { font-weight: 600; border-bottom-width: 2px; }
-.labkit-doctor tbody tr { background: none !important; }
-.labkit-doctor .id { font-weight: 600; white-space: nowrap; }
-.labkit-doctor .status { white-space: nowrap; }
-.labkit-doctor .status span { display: inline-block; min-width: 3.6em; padding: 0.05em 0.5em;
+div.labkit-doctor thead th { font-weight: 600; border-bottom-width: 2px; }
+div.labkit-doctor tbody tr { background: none !important; }
+div.labkit-doctor .id { font-weight: 600; white-space: nowrap; }
+div.labkit-doctor .status { white-space: nowrap; }
+div.labkit-doctor .status span { display: inline-block; min-width: 3.6em; padding: 0.05em 0.5em;
   border-radius: 0.3em; border: 1px solid rgba(128, 128, 128, 0.5); }
-.labkit-doctor .ok span { background: rgba(46, 160, 67, 0.18); border-color: rgba(46, 160, 67, 0.7); }
-.labkit-doctor .warn span { background: rgba(210, 153, 34, 0.22); border-color: rgba(210, 153, 34, 0.9); }
-.labkit-doctor .fail span { background: rgba(218, 54, 51, 0.22); border-color: rgba(218, 54, 51, 0.9); }
-.labkit-doctor .seen { opacity: 0.75; font-size: 0.92em; margin-top: 0.15em; overflow-wrap: anywhere; }
-.labkit-doctor .mend { margin-top: 0.35em; }
-.labkit-doctor code { padding: 0.05em 0.3em; border-radius: 0.25em; background: rgba(128, 128, 128, 0.18);
+div.labkit-doctor .ok span { background: rgba(46, 160, 67, 0.18); border-color: rgba(46, 160, 67, 0.7); }
+div.labkit-doctor .warn span { background: rgba(210, 153, 34, 0.22); border-color: rgba(210, 153, 34, 0.9); }
+div.labkit-doctor .fail span { background: rgba(218, 54, 51, 0.22); border-color: rgba(218, 54, 51, 0.9); }
+div.labkit-doctor .seen { opacity: 0.75; font-size: 0.92em; margin-top: 0.15em; overflow-wrap: anywhere; }
+div.labkit-doctor .mend { margin-top: 0.35em; }
+div.labkit-doctor code { padding: 0.05em 0.3em; border-radius: 0.25em; background: rgba(128, 128, 128, 0.18);
   color: inherit; overflow-wrap: anywhere; }
 """

@@ -90,9 +90,9 @@ def _base(suite: str) -> Path:
         mirror,
     ]
     if mirror == UBUNTU:
-        command.insert(1, f"--keyring={_ubuntu_keyring(folder)}")
+        command[1:1] = ["--keyring", str(_ubuntu_keyring(folder))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[-3000:]}"
+    assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[:1000]}\n…\n{done.stderr[-2000:]}"
     fresh.replace(archive)
     return archive
 

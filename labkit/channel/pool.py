@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import io
 import math
 import os
 import shlex
@@ -33,6 +32,7 @@ __all__ = ["Pool"]
 OpenPort = Callable[[int, float], socket.socket]
 
 _LABEL_MAX = 200
+_PING_TIMEOUT = 60.0
 _LOOK_AGAIN, _LOOK_AGAIN_MOST = 0.005, 0.05  # seconds; flock cannot be waited for with a deadline
 
 
@@ -47,7 +47,7 @@ class _Lease:
 
     def label(self, purpose: str) -> None:
         """Write into the lock file who holds it and what for."""
-        text = f"process {os.getpid()}: {purpose}".encode(errors="replace")[:_LABEL_MAX]
+        text = " ".join(f"process {os.getpid()}: {purpose}".split()).encode(errors="replace")[:_LABEL_MAX]
         os.pwrite(self.lock, text.ljust(_LABEL_MAX) + b"\n", 0)
 
     def release(self) -> None:
@@ -109,17 +109,19 @@ class Pool:
         """
         started = time.monotonic()
         deadline = started + (math.inf if timeout is None else timeout)
-        rewind = _rewinder(input)
         while True:
             with self._leased(deadline, shlex.join(argv)) as lease:
                 left = None if timeout is None else max(deadline - time.monotonic(), 0)
                 try:
+                    if not (lease.fresh or input is None or isinstance(input, bytes)):
+                        # What has been read of a file cannot be read again, so make sure beforehand.
+                        _session(lease).ping(timeout=_PING_TIMEOUT if left is None else left)
                     result = _session(lease).run(
                         argv, input=input, timeout=left, cwd=cwd, env=env, on_output=on_output, keep=keep
                     )
                 except StaleSession:
                     # The guest took nothing of it; a connection that was kept may meet this, a new one not.
-                    if lease.fresh or not rewind():
+                    if lease.fresh:
                         raise
                     continue
             return Result(result.returncode, result.stdout, result.stderr, time.monotonic() - started)
@@ -148,7 +150,7 @@ class Pool:
             timeout: seconds.
 
         Raises:
-            HostError: the guest's kernel refused; and as `run`.
+            MachineError: the guest's kernel refused; and as `run`.
         """
         deadline = time.monotonic() + timeout
         while True:
@@ -297,17 +299,6 @@ def _try_lock(path: Path) -> int | None:
         os.close(lock)
         raise
     return lock
-
-
-def _rewinder(input: Input) -> Callable[[], bool]:
-    """What sets the input back to where it stands now; False where it cannot be."""
-    if input is None or isinstance(input, bytes | bytearray):
-        return lambda: True
-    try:
-        start = input.tell()
-    except (OSError, io.UnsupportedOperation):
-        return lambda: False
-    return lambda: input.seek(start) == start
 
 
 _pools: weakref.WeakSet[Pool] = weakref.WeakSet()

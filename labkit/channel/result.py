@@ -32,5 +32,10 @@ class Result:
     seconds: float
 
 
+def in_seconds(seconds: float) -> str:
+    """A timeout as people gave it, though a little of it is used up: 4.9998 is "5 s"."""
+    return f"{round(seconds, 1 if seconds >= 1 else 2):g} s"
+
+
 def nothing_happened() -> None:
     """The `Check` of those who cannot tell."""

@@ -16,8 +16,8 @@ from typing import BinaryIO
 
 from labkit.channel import protocol
 from labkit.channel.protocol import Frame, Hello, Type
-from labkit.channel.result import Check, Input, OnOutput, Result, Stream, nothing_happened
-from labkit.errors import CommandTimeout, HostError, NotRunning
+from labkit.channel.result import Check, Input, OnOutput, Result, Stream, in_seconds, nothing_happened
+from labkit.errors import CommandTimeout, HostError, MachineError, NotRunning
 
 __all__ = ["Session", "StaleSession", "connect_unix"]
 
@@ -224,6 +224,7 @@ class Session:
         """
         nonce = os.urandom(protocol.NONCE_SIZE)
         self._session = protocol.session_of(nonce)
+        self.broken = True  # until we are known
         again = _HELLO_AGAIN
         while True:
             self._send(Type.HELLO, 0, nonce)
@@ -231,18 +232,17 @@ class Session:
                 guest = self._await_hello(nonce, min(deadline, time.monotonic() + again))
             except _Late:
                 if time.monotonic() >= deadline:
-                    self.broken = True
                     raise CommandTimeout("The guest's agent did not answer in time.") from None
                 again = min(2 * again, _HELLO_AGAIN_MOST)
                 continue
             if guest.version != protocol.VERSION:
-                self.broken = True
                 raise HostError(
                     f"The guest's agent speaks version {guest.version} of the protocol, "
                     f"and this labkit {protocol.VERSION}.",
                     mend="Make the guest's image anew.",
                 )
             self.guest = guest
+            self.broken = False
             return guest
 
     def run(
@@ -294,14 +294,24 @@ class Session:
         seconds = time.monotonic() - started
         return Result(protocol.returncode(job.status), bytes(job.stdout), bytes(job.stderr), seconds)
 
+    def ping(self, *, timeout: float = 5) -> float:
+        """Ask the agent whether it is there and knows us; the seconds that the answer took.
+
+        Raises:
+            StaleSession, NotRunning, CommandTimeout: as `run`.
+        """
+        started = time.monotonic()
+        self._request(Type.PING, b"", started + timeout, "answer")
+        return time.monotonic() - started
+
     def reseed(self, data: bytes, *, timeout: float = 5) -> None:
         """Give the guest's kernel random bytes (up to 512), so that it draws other numbers than its twins.
 
         Raises:
-            CommandTimeout, NotRunning: as `run`.
-            HostError: the guest's kernel refused.
+            StaleSession, NotRunning, CommandTimeout: as `run`.
+            MachineError: the guest's kernel refused.
         """
-        self._request(Type.RESEED, data, timeout, "take random bytes")
+        self._order(Type.RESEED, data, timeout, "take random bytes")
 
     def set_time(self, ns: int | None = None, *, timeout: float = 5) -> None:
         """Set the guest's clock to `ns` nanoseconds since 1970, or to the host's time.
@@ -309,7 +319,7 @@ class Session:
         Raises: as `reseed`.
         """
         payload = protocol.u64(time.time_ns() if ns is None else ns)
-        self._request(Type.SETTIME, payload, timeout, "set its clock")
+        self._order(Type.SETTIME, payload, timeout, "set its clock")
 
     def has_ended(self) -> bool:
         """Whether the connection turns out to have ended while nobody used it."""
@@ -374,10 +384,10 @@ class Session:
                 if guest and guest.nonce == nonce:
                     return guest
 
-    def _request(self, kind: Type, payload: bytes, timeout: float, what: str) -> None:
+    def _request(self, kind: Type, payload: bytes, deadline: float, what: str) -> bytes:
+        """Send what is no command, and return the payload of the answer."""
         self._job += 1
         self._send(kind, self._job, payload)
-        deadline = time.monotonic() + timeout
         try:
             while True:
                 for frame in self._receive(deadline) or ():
@@ -385,15 +395,15 @@ class Session:
                         continue
                     if frame.type == Type.STALE:
                         raise self._stale(nothing_ran=True)
-                    if frame.type == Type.DONE:
-                        return self._answer(protocol.get_u32(frame.payload), what)
+                    return frame.payload
         except _Late:
             self.broken = True
-            raise CommandTimeout(f"The guest did not {what} within {timeout:g} s.") from None
+            raise CommandTimeout(f"The guest did not {what} in time.") from None
 
-    def _answer(self, error: int, what: str) -> None:
-        if error:
-            raise HostError(f"The guest could not {what}: {os.strerror(error)}.")
+    def _order(self, kind: Type, payload: bytes, timeout: float, what: str) -> None:
+        answer = self._request(kind, payload, time.monotonic() + timeout, what)
+        if error := protocol.get_u32(answer):
+            raise MachineError(f"The guest could not {what}: {os.strerror(error)}.")
 
     def _stale(self, *, nothing_ran: bool) -> NotRunning:
         self.broken = True
@@ -468,16 +478,17 @@ class Session:
 
     def _timed_out(self, job: _Job, timeout: float) -> CommandTimeout:
         ending = self._kill(job)
-        message, mend = f"The command took longer than {timeout:g} s, and was killed.", ""
+        limit = in_seconds(timeout)
+        message, mend = f"The command took longer than {limit}, and was killed.", ""
         if ending is _Ending.ALIVE:
             message = (
-                f"The command took longer than {timeout:g} s, and could not be killed: the guest answers, "
+                f"The command took longer than {limit}, and could not be killed: the guest answers, "
                 f"but the command was still there {_KILL_GRACE:g} s after SIGKILL."
             )
             mend = "It hangs in the guest's kernel, most likely; see the guest's console and `dmesg`."
         elif ending is _Ending.SILENT:
             message = (
-                f"The guest itself did not answer: not when the command's {timeout:g} s were over, "
+                f"The guest itself did not answer: not when the command's {limit} were over, "
                 "nor when it was to be killed."
             )
             mend = "See whether the machine is paused or too busy; its console may tell more."

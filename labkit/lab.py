@@ -216,6 +216,7 @@ class Lab:
         with state.locked(self.name):
             entry = state.lab(self.name).find("vm", spec.name)
             if entry is None:
+                libvirt.connect(self.uri)  # nothing is written down that could not be made
                 entry = new_entry(self.name, spec, self.uri).save()
                 made = VM(entry)
                 try:

@@ -70,7 +70,8 @@ def run_tool(
             cwd=cwd,
             env=environment,
             check=False,
-            **({"stdin": subprocess.DEVNULL} if input is None else {"input": input}),
+            stdin=subprocess.DEVNULL if input is None else None,
+            input=input,
         )
     except subprocess.TimeoutExpired as exc:
         raise error(

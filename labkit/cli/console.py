@@ -41,13 +41,13 @@ def attach(vm: VM) -> None:
 
 def _join(terminal: int, console: socket.socket) -> None:
     while True:
-        ready, _, _ = select.select([terminal, console], [], [])
+        ready, _, _ = select.select([terminal, console.fileno()], [], [])
         if terminal in ready:
             typed = os.read(terminal, 1024)
             if not typed or _ESCAPE in typed:
                 return
             console.sendall(typed)
-        if console in ready:
+        if console.fileno() in ready:
             said = console.recv(65536)
             if not said:  # the VM went off, or another took the console
                 return

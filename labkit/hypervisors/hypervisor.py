@@ -98,7 +98,11 @@ class Hypervisor(Protocol):
         ...
 
     def resume(self, uuid: str) -> None:
-        """Let its virtual CPUs go on."""
+        """Let its virtual CPUs go on; nothing where they do."""
+        ...
+
+    def why_paused(self, uuid: str) -> str:
+        """What made the hypervisor pause it, as a clause; "" where somebody asked for it."""
         ...
 
     def reset(self, uuid: str) -> None:

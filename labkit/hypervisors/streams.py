@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import libvirt
@@ -12,14 +13,26 @@ import libvirt
 _CHUNK = 1 << 16
 
 
-def as_socket(stream: Any) -> socket.socket:
+def as_socket(stream: Any, close: Callable[[], object]) -> socket.socket:
     """One end of a socket pair whose other end is joined to the stream.
 
     Closing it ends the stream; the stream's end shuts it down.
+
+    Arguments:
+        close: called when both directions have ended, to give back what the stream came from.
     """
     ours, theirs = socket.socketpair()
-    for carry in (_to_stream, _from_stream):
-        threading.Thread(target=carry, args=(stream, theirs), name="labkit-stream", daemon=True).start()
+    sender = threading.Thread(target=_to_stream, args=(stream, theirs), name="labkit-to-stream", daemon=True)
+
+    def receive() -> None:
+        _from_stream(stream, theirs)
+        sender.join()
+        theirs.close()
+        with contextlib.suppress(libvirt.libvirtError):
+            close()
+
+    sender.start()
+    threading.Thread(target=receive, name="labkit-from-stream", daemon=True).start()
     return ours
 
 

@@ -7,6 +7,7 @@ or another computer's. Every volume's name begins with "labkit-" and the VM's or
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import os
 import tempfile
@@ -31,8 +32,12 @@ class PoolFiles:
 
     def __init__(self, connection: Any, uri: str, uuid: str) -> None:
         self._connection = connection
-        self._pool = _pool(connection, uri)
+        self._uri = uri
         self._prefix = f"labkit-{uuid}-"
+
+    @functools.cached_property
+    def _pool(self) -> Any:
+        return _pool(self._connection, self._uri)
 
     def path(self, name: str) -> str:
         target = etree.fromstring(self._pool.XMLDesc()).findtext("target/path")
@@ -96,13 +101,14 @@ class PoolFiles:
         stream.finish()
         return bytes(pieces)
 
-    def remove(self) -> None:
-        self._pool.refresh()
+    def remove(self, *, last: bool) -> None:
+        try:
+            self._pool.refresh()
+        except HostError:
+            return  # without a pool nothing was made
         self._delete(self._prefix)
-
-    def remove_shared(self) -> None:
-        """Remove what this kit's VMs shared; to be called when the last of them is gone."""
-        self._delete(_kit())
+        if last:
+            self._delete(_kit())
 
     def _delete(self, prefix: str) -> None:
         for volume in self._pool.listAllVolumes():

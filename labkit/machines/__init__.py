@@ -1,0 +1,1 @@
+"""What runs commands: the host, VMs and, later, containers."""

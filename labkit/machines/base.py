@@ -122,7 +122,7 @@ class BaseMachine(ABC):
                 keep=True,
             )
         if not done.ok:
-            raise CommandFailed(self.name, done)
+            raise CommandFailed(self.name, replace(done, argv=("put", target)))
         what = "the data" if isinstance(source, bytes) else source
         return self._same(content.sha256, done.stdout.strip(), f"{what} to {target}")
 
@@ -163,7 +163,7 @@ class BaseMachine(ABC):
                     argv, input=None, timeout=timeout, cwd=None, env={}, on_output=take, keep=False
                 )
             if not done.ok:
-                raise CommandFailed(self.name, replace(done, stderr_bytes=bytes(said)))
+                raise CommandFailed(self.name, replace(done, argv=("get", source), stderr_bytes=bytes(said)))
             seen = said.decode(errors="replace").split() or [""]
             result = self._same(seen[0], digest.hexdigest(), f"{source} to {path}")
             umask = os.umask(0)

@@ -89,7 +89,8 @@ def _converse(
     """Feed the process and collect what it says until it ends, or its deadline passes."""
     deadline = math.inf if timeout is None else time.monotonic() + timeout
     output: dict[Stream, bytearray] = {"stdout": bytearray(), "stderr": bytearray()}
-    assert process.stdout and process.stderr
+    assert process.stdout
+    assert process.stderr
     ended = False
     # A child left in the background may keep the pipes open, so the command's own end is watched too.
     end = os.pidfd_open(process.pid)

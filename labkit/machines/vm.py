@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
+import re
 import socket
 import tempfile
 import threading
 import time
 import uuid as uuids
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
@@ -33,18 +35,31 @@ from labkit.machines.base import BaseMachine
 from labkit.machines.machine import Completed, OnOutput
 from labkit.machines.screenshot import Screenshot
 from labkit.specs import VMSpec, check_name, format_size, load_vm, parse_size
+from labkit.state import Entry
 from labkit.storage.files import Files
 
 _pools: dict[str, Pool] = {}
 _pools_lock = threading.Lock()
 
+
+def _after_fork_in_child() -> None:
+    global _pools_lock  # noqa: PLW0603  # another thread of the parent may have held it
+    _pools_lock = threading.Lock()
+
+
+os.register_at_fork(after_in_child=_after_fork_in_child)
+
 #: The short names of a VM's files beside its disks.
 _CONSOLE_LOG = "console.log"
+_MAKE_AGAIN = "Make it again: lab.vm(…)"
 _SEED = "seed.iso"
 
 _STOP_TIMEOUT = 30.0
+#: Seconds after which the power button is pressed again: a guest that is still booting does not hear it.
+_PRESS_AGAIN = 2.0
 #: Seconds for which a command goes on waiting for a machine that is paused: a snapshot pauses it too.
 _PAUSE_PATIENCE = 2.0
+_CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[\x00-\x08\x0b-\x1f\x7f]")
 
 
 class VM(BaseMachine):
@@ -53,9 +68,10 @@ class VM(BaseMachine):
     It holds nothing that must be closed: the machine is the hypervisor's, and goes with its lab.
     """
 
-    def __init__(self, entry: state.Entry) -> None:
+    def __init__(self, entry: Entry) -> None:
         self._entry = entry
-        self._paused_since: float | None = None
+        #: Since when it has been seen paused, and when last.
+        self._paused: tuple[float, float] | None = None
 
     # What it is
 
@@ -121,17 +137,20 @@ class VM(BaseMachine):
         Raises:
             BootTimeout: it was not up by then; it is left running, to be looked at.
             GuestCrashed: its kernel panicked on the way up.
+            NotFound: it was deleted.
         """
-        match self.state:
-            case "running":
-                pass
-            case "paused":
-                self._hypervisor.resume(self.uuid)
-            case "crashed":
-                self._hypervisor.destroy(self.uuid)
-                self._boot()
-            case _:
-                self._boot()
+        self._check_there()
+        with state.lock_file(self._entry.directory / "power.lock"):  # two may start it at one time
+            match self.state:
+                case "running":
+                    pass
+                case "paused":
+                    self._hypervisor.resume(self.uuid)
+                case "crashed":
+                    self._hypervisor.destroy(self.uuid)
+                    self._boot()
+                case _:
+                    self._boot()
         self._wait_ready(self._image.up if timeout is None else timeout)
         return self
 
@@ -139,10 +158,11 @@ class VM(BaseMachine):
         """Switch it off: ask the guest by the power button, wait, and pull the plug at the deadline."""
         if self.state == "paused":
             self._hypervisor.resume(self.uuid)
-        if self.state == "running":
+        deadline = time.monotonic() + timeout
+        while self.state == "running" and (now := time.monotonic()) < deadline:
             with contextlib.suppress(NotRunning):
                 self._hypervisor.press_power(self.uuid)
-            self._wait_state("off", time.monotonic() + timeout)
+            self._wait_while("running", min(deadline, now + _PRESS_AGAIN))
         return self.destroy()
 
     def destroy(self) -> Self:
@@ -157,21 +177,23 @@ class VM(BaseMachine):
         return self
 
     def resume(self) -> Self:
-        """Let a paused machine go on."""
+        """Let a paused machine go on; nothing where it runs."""
         self._hypervisor.resume(self.uuid)
         return self
 
     def reset(self, *, timeout: float | None = None) -> Self:
         """Press the reset button, and wait until it takes commands again."""
         self._hypervisor.reset(self.uuid)
+        self._hypervisor.resume(self.uuid)  # it may have been paused, or stopped by a panic
         self._disconnect()
         self._wait_ready(self._image.up if timeout is None else timeout)
         return self
 
     def delete(self) -> None:
-        """Remove it for good, with its disks, snapshots and logs."""
-        with state.locked(self.lab):
-            self.remove()
+        """Remove it for good, with its disks, snapshots and logs; nothing where that was done."""
+        if self._entry.current():
+            with state.locked(self.lab):
+                self.remove()
 
     # What it does
 
@@ -187,7 +209,6 @@ class VM(BaseMachine):
         keep: bool,
     ) -> Completed:
         channel = self._agent() if self._image.channel == "agent" else self._connected()
-        self._paused_since = None
         try:
             result = channel.run(
                 argv, input=input, timeout=timeout, cwd=cwd, env=env, on_output=on_output, keep=keep
@@ -230,19 +251,26 @@ class VM(BaseMachine):
         Raises:
             SpecError: it is more than the machine's maximum.
         """
+        self._check_there()
+        before = self.spec
         changes: dict[str, Any] = {}
         if memory is not None:
+            # Kept, since by default it is what the machine began with.
+            changes["max_memory"] = before.max_memory or before.memory
             changes["memory"] = parse_size(memory)
+            self._check_most("memory", changes["memory"], changes["max_memory"], format_size)
         if cpus is not None:
             changes["cpus"] = cpus
-        wanted = load_vm({**self.spec.model_dump(), **changes})
+            if isinstance(cpus, int):
+                self._check_most("cpus", cpus, before.max_cpus or before.cpus, str)
+        wanted = load_vm({**before.model_dump(), **changes})
         if memory is not None:
             self._hypervisor.set_memory(self.uuid, wanted.memory)
         if cpus is not None:
             self._hypervisor.set_cpus(self.uuid, wanted.cpus)
             if self.state == "running":
-                self.run(_ONLINE_CPUS)
-        self._update(resized={**self._entry.data.get("resized", {}), **changes})
+                self.run(["/bin/sh", "-c", _AWAIT_CPUS, "cpus", str(wanted.cpus)])
+        self._update(resized={**self._check_there().data.get("resized", {}), **changes})
         return self
 
     def resize_disk(self, size: str | int, *, disk: int = 0) -> Self:
@@ -255,6 +283,7 @@ class VM(BaseMachine):
         Raises:
             SpecError: there is no such disk, or it would shrink.
         """
+        self._check_there()
         wanted = parse_size(size)
         disks = self._disks()
         if not 0 <= disk < len(disks):
@@ -266,7 +295,7 @@ class VM(BaseMachine):
                 f"The disk has {format_size(now)} and cannot shrink to {format_size(wanted)}.",
                 mend="Shrinking would cut off data. Make a smaller disk and copy the files.",
             )
-        if self.state in ("running", "paused"):
+        if self.state in ("running", "paused", "crashed"):
             self._hypervisor.resize_disk(self.uuid, disk, wanted)
         else:
             files.resize(disks[disk], wanted)
@@ -322,6 +351,7 @@ class VM(BaseMachine):
             Conflict: the lab has a machine of that name.
         """
         check_name(name)
+        self._check_there()
         spec = load_vm({**self.spec.model_dump(), "name": name})
         with state.locked(self.lab):
             if state.lab(self.lab).find("vm", name):
@@ -333,7 +363,7 @@ class VM(BaseMachine):
                     ours, theirs = self._files, clone._files
                     for disk in self._disks():
                         theirs.copy(disk, ours.path(disk))
-                clone._define()
+                clone.make()
             except BaseException:
                 clone.remove()
                 raise
@@ -425,7 +455,7 @@ class VM(BaseMachine):
     def remove(self) -> None:
         """Remove it from the hypervisor and the ledger; the caller holds the lab's lock."""
         self._hypervisor.remove(self.uuid, self.lab)
-        self._files.remove()
+        self._files.remove(last=self._is_last())
         self._disconnect()
         with _pools_lock:
             _pools.pop(self.uuid, None)
@@ -435,10 +465,32 @@ class VM(BaseMachine):
             self._sockets.rmdir()
         self._entry.forget()
 
+    def _is_last(self) -> bool:
+        """Whether no other machine of this kit is at the same hypervisor."""
+        entries = (entry for lab in state.lab_names() for entry in state.lab(lab).entries("vm"))
+        return not any(entry.uri == self._entry.uri and entry.uuid != self.uuid for entry in entries)
+
     def _update(self, **data: Any) -> None:
-        self._entry = state.Entry(
-            **{**vars(self._entry), "data": {**self._entry.data, **data}},
-        ).save()
+        with state.locked(self.lab):
+            entry = self._check_there()
+            self._entry = dataclasses.replace(entry, data={**entry.data, **data}).save()
+
+    def _check_there(self) -> Entry:
+        """Its entry as the ledger has it now; raises where it was deleted."""
+        entry = self._entry.current()
+        if entry is None:
+            raise self._gone()
+        return entry
+
+    def _gone(self) -> NotFound:
+        return NotFound(f"There is no machine {self.name} in the lab {self.lab} any more.", mend=_MAKE_AGAIN)
+
+    def _check_most(self, what: str, wanted: int, most: int, shown: Callable[[int], str]) -> None:
+        if wanted > most:
+            raise SpecError(
+                f"{self.name} was made for at most {shown(most)} ({what}), not {shown(wanted)}.",
+                mend=f"Make it with max_{what}=… to leave room.",
+            )
 
     # Its channel
 
@@ -450,10 +502,17 @@ class VM(BaseMachine):
             return _pools[self.uuid]
 
     def _open_port(self, port: int, deadline: float) -> socket.socket:
-        return self._hypervisor.open_port(self.uuid, port, deadline)
+        try:
+            return self._hypervisor.open_port(self.uuid, port, deadline)
+        except NotRunning:
+            self._check()  # says it better, where it knows
+            raise
 
     def _agent(self) -> AgentChannel:
-        return AgentChannel(lambda command, timeout: self._hypervisor.agent_call(self.uuid, command, timeout))
+        return AgentChannel(
+            lambda command, timeout: self._hypervisor.agent_call(self.uuid, command, timeout),
+            check=self._check,
+        )
 
     def _disconnect(self) -> None:
         with _pools_lock:
@@ -463,31 +522,47 @@ class VM(BaseMachine):
 
     def _check(self) -> None:
         """Raise what keeps the machine from answering, if anything does."""
-        now = self.state
-        if now != "paused":
-            self._paused_since = None
-        match now:
+        match self.state:
             case "running":
                 return
             case "paused":
-                since = self._paused_since = self._paused_since or time.monotonic()
-                if time.monotonic() - since >= _PAUSE_PATIENCE:
-                    raise NotRunning(f"{self.name} is paused.", mend="Let it go on: .resume()")
+                self._check_pause()
             case "crashed":
                 raise GuestCrashed(
                     f"The kernel of {self.name} panicked.",
-                    evidence=self._console_tail(),
+                    evidence=self._last_words(),
                     mend="Start it again with .start(), or go back with .revert(SNAPSHOT).",
                 )
             case "missing":
-                raise NotFound(f"There is no machine {self.name} any more.", mend="Make it again: lab.vm(…)")
+                raise self._gone()
             case _:
                 raise NotRunning(
                     f"{self.name} is off.", evidence=self._console_tail(), mend="Start it: .start()"
                 )
 
+    def _check_pause(self) -> None:
+        """Raise where it is paused for good: by the hypervisor, or for longer than a snapshot takes."""
+        if why := self._hypervisor.why_paused(self.uuid):
+            raise NotRunning(
+                f"{self.name} was paused by the hypervisor, since {why}.",
+                mend="Mend that (make room on the disk of labkit's state, say), then let it go on: .resume()",
+            )
+        now = time.monotonic()
+        since, last = self._paused or (now, now)
+        if now - last > 1:  # another pause than the one that was seen then
+            since = now
+        self._paused = (since, now)
+        if now - since >= _PAUSE_PATIENCE:
+            raise NotRunning(f"{self.name} is paused.", mend="Let it go on: .resume()")
+
     def _console_tail(self, lines: int = 8) -> str:
-        return "\n".join(self.console_log.replace("\r", "").rstrip().splitlines()[-lines:])
+        return "\n".join(_CONTROL.sub("", self.console_log).rstrip().splitlines()[-lines:])
+
+    def _last_words(self, lines: int = 12) -> str:
+        """What the kernel said when it panicked; the reason comes first, then a long dump."""
+        said = _CONTROL.sub("", self.console_log).rstrip().splitlines()
+        at = [number for number, line in enumerate(said) if "Kernel panic" in line]
+        return "\n".join(said[max(0, at[-1] - 2) :][:lines] if at else said[-lines:])
 
     def _wait_ready(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
@@ -503,12 +578,9 @@ class VM(BaseMachine):
                 ".start(timeout=SECONDS).",
             ) from exc
 
-    def _wait_state(self, wanted: State, deadline: float) -> bool:
-        while self.state != wanted:
-            if time.monotonic() > deadline:
-                return False
+    def _wait_while(self, state: State, deadline: float) -> None:
+        while self.state == state and time.monotonic() < deadline:
             time.sleep(0.02)
-        return True
 
     def _refresh_guest(self) -> None:
         """After time travel: the guest's clock is set and its random numbers are made to differ."""
@@ -537,20 +609,27 @@ class VM(BaseMachine):
         raise NotFound(f"{self.name} has no snapshot named {name}.", evidence=f"snapshots: {names}")
 
 
-#: A CPU that was plugged in waits to be told to work, where no udev does that.
-_ONLINE_CPUS = """
-for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do
-    [ "$(cat "$cpu")" = 1 ] || echo 1 > "$cpu"
+#: Waits until the guest works with the asked number of CPUs. One that was plugged in appears some
+#: time later, and has to be told to work where no udev does that.
+_AWAIT_CPUS = """
+tries=0
+until [ "$(nproc)" = "$1" ]; do
+    for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do
+        [ ! -e "$cpu" ] || [ "$(cat "$cpu")" = 1 ] || echo 1 > "$cpu"
+    done
+    tries=$((tries + 1))
+    [ $tries -lt 100 ] || { echo "the guest works with $(nproc) CPUs, not with $1" >&2; exit 1; }
+    sleep 0.1
 done
 """
 
 
-def new_entry(lab: str, spec: VMSpec, uri: str) -> state.Entry:
+def new_entry(lab: str, spec: VMSpec, uri: str) -> Entry:
     """The ledger's entry of a machine that is to be made."""
     identity = str(uuids.uuid4())
     # A hypervisor that is shared with others may have a lab of that name already.
     domain = f"labkit.{lab}.{spec.name}" if not uri else f"labkit.{lab}.{spec.name}.{identity[:8]}"
-    return state.Entry(
+    return Entry(
         lab=lab,
         kind="vm",
         name=spec.name,

@@ -53,8 +53,8 @@ class Files(Protocol):
         """A file's content; nothing where it is not there."""
         ...
 
-    def remove(self) -> None:
-        """Remove all of them."""
+    def remove(self, *, last: bool) -> None:
+        """Remove all of them; for the `last` VM at its hypervisor also what VMs share there."""
         ...
 
 
@@ -106,5 +106,5 @@ class LocalFiles:
         except FileNotFoundError:
             return b""
 
-    def remove(self) -> None:
+    def remove(self, *, last: bool) -> None:
         """Nothing to do: the ledger removes the directory with its entry."""

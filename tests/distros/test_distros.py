@@ -63,7 +63,7 @@ def _ubuntu_keyring(folder: Path) -> Path:
         "APT::Sandbox::User": "root",
     }
     options = [word for key, value in own.items() for word in ("-o", f"{key}={value}")]
-    for words in (["update"], ["download", "ubuntu-archive-keyring"]):
+    for words in (["update"], ["download", "ubuntu-keyring"]):
         subprocess.run(["apt-get", "-q", *options, *words], cwd=apt, check=True, capture_output=True)
     (package,) = apt.glob("*.deb")
     subprocess.run(["dpkg-deb", "-x", package, folder / "ubuntu"], check=True)

@@ -7,9 +7,9 @@ built: a notebook keeps its source's SHA-256 in `metadata.labkit.source_sha256`,
 the outputs, since each computer has its own. `--check` builds nothing and fails where one is out of step.
 
 A notebook is executed from top to bottom in a fresh kernel, with a labkit home of its own, and written only
-when all of it ran: no error, nothing on stderr. What the build would leave in it of one computer or one minute
-is taken out: ids come from the cells' contents, metadata is a constant, times of execution are not recorded,
-and directories of the build computer are written as a learner's would be (`~/.cache/labkit`).
+when all of it ran: no error, nothing on stderr. What would stay in it of one computer or one minute is taken
+out: ids come from the cells' contents, metadata is a constant, times of execution are not recorded, and
+directories of the build computer are written as a learner's would be (`~/.cache/labkit`).
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ def execute(notebook: Any, home: Home, folder: Path) -> None:
         resources={"metadata": {"path": str(folder)}},
     )
     try:
-        client.execute(env=home.environment)
+        client.execute(env=home.environment, cleanup_kc=True)
     except (CellExecutionError, CellTimeoutError, DeadKernelError) as exc:
         raise BuildError(_plain(str(exc))) from exc
 
@@ -243,6 +243,7 @@ def clean(notebook: Any, replacements: Sequence[tuple[str, str]]) -> None:
 
 
 def _neutral(text: str, replacements: Sequence[tuple[str, str]]) -> str:
+    text = _ESCAPES.sub("", text)  # a terminal's control codes, which a page cannot show
     for path, stand_in in replacements:
         text = re.sub(rf"(?<![\w.-]){re.escape(path)}(?![\w-])", stand_in, text)
     return text
@@ -275,7 +276,8 @@ def chosen(names: Sequence[str]) -> list[Lesson]:
         wanted = Path(name).name.removesuffix(".py").removesuffix(".ipynb")
         matching = [lesson for lesson in everything if lesson.slug.startswith(wanted)]
         if not matching:
-            raise SystemExit(f"There is no notebook {name}. There are: {', '.join(l.slug for l in everything)}")
+            there = ", ".join(lesson.slug for lesson in everything)
+            raise SystemExit(f"There is no notebook {name}. There are: {there}")
         found += matching
     return list(dict.fromkeys(found))
 
@@ -314,7 +316,9 @@ def _indented(text: str) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="./lab notebooks", description=__doc__.splitlines()[0])
-    parser.add_argument("names", nargs="*", metavar="NAME", help='such as 03 or 03-your-first-vm; all where none')
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="such as 03 or 03-your-first-vm; all where none"
+    )
     parser.add_argument("--check", action="store_true", help="build nothing; fail where one is out of step")
     parser.add_argument("--force", action="store_true", help="build also what is in step")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="how many at one time")

@@ -108,9 +108,66 @@ command_test() {
   return "$worst"
 }
 
-# What tests with marks need beyond ./lab up.
-test_needs() { :; }
-stop_needs() { :; }
+# --- What tests with marks need beyond ./lab up ----------------------------------------------------
+
+tests_with_mark() { grep -rqE "mark\.$1\b" "$root/tests" --include='test_*.py'; }
+
+test_needs() {
+  [[ ! " $* " =~ \ (integration|browser|notebooks|soak)\  ]] && return 0
+  if tests_with_mark browser; then developer_packages browser; fi
+  if tests_with_mark docker && ! docker_answers; then
+    # A container engine is for its owner to choose: only a CI machine that has none gets one, as root.
+    if in_ci && ((EUID == 0)); then
+      command -v dockerd >/dev/null || developer_packages docker
+      start_docker
+    fi
+  fi
+}
+
+docker_answers() {
+  "$python" -c 'import docker; docker.from_env(timeout=5).ping()' >/dev/null 2>&1
+}
+
+# A daemon of the tests' own, which ends with them: its socket, images and containers are all in one folder.
+docker_home=
+docker_pid=
+docker_bridge=
+start_docker() {
+  local path='' i
+  path=$(command -v dockerd) || return 0 # the tests say what is missing
+  docker_home=$(mktemp -d /tmp/lk-docker-XXXXXX)
+  export DOCKER_HOST=unix://$docker_home/docker.sock
+  [[ -e /sys/class/net/docker0 ]] || docker_bridge=ours
+  # No rule of this computer's firewall is changed, so containers reach one another and nothing else.
+  "$path" --iptables=false --ip6tables=false --host "$DOCKER_HOST" --data-root "$docker_home/data" --exec-root "$docker_home/exec" \
+    --pidfile "$docker_home/pid" >"$docker_home/log" 2>&1 </dev/null &
+  docker_pid=$!
+  trap 'ticker_stop; stop_needs' EXIT
+  for ((i = 0; i < 150; i++)); do
+    if docker_answers; then
+      say "$tick a Docker daemon for the tests"
+      return 0
+    fi
+    kill -0 "$docker_pid" 2>/dev/null || break
+    sleep 0.2
+  done
+  say "$cross the Docker daemon for the tests did not come up; its last lines:"
+  tail -n 5 "$docker_home/log" | sed 's/^/  | /' >&2
+}
+
+stop_needs() {
+  [[ -n $docker_home ]] || return 0
+  kill "$docker_pid" 2>/dev/null || true
+  wait "$docker_pid" 2>/dev/null || true
+  # Never remove through a mount.
+  if grep -q " $docker_home/" /proc/self/mounts; then
+    say "(mounts are left below $docker_home, so it stays)"
+  else
+    rm -rf "$docker_home"
+  fi
+  [[ $docker_bridge != ours ]] || ip link delete docker0 2>/dev/null || true
+  docker_home=
+}
 
 command_lint() {
   local bad=()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -160,7 +161,7 @@ def images_list(as_json: Json = False) -> None:
 
     rows = guests.describe()
     if as_json:
-        print_json([row.as_dict() for row in rows])
+        print_json([dataclasses.asdict(row) for row in rows])
         return
     print_table(
         ["IMAGE", "HERE", "WHAT IT IS"],

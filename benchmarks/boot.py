@@ -5,8 +5,8 @@ from __future__ import annotations
 import sys
 import time
 
-from bare_qemu import boot
-from harness import own_home, report_ratio, say
+from _bare_qemu import boot
+from _harness import own_home, report_ratio, say
 
 from labkit import Lab
 

@@ -6,7 +6,7 @@ import statistics
 import sys
 import time
 
-from harness import emit, own_home, rounded, say
+from _harness import emit, own_home, rounded, say
 
 from labkit import Lab
 

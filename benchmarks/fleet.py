@@ -6,7 +6,7 @@ import os
 import sys
 import time
 
-from harness import own_home, report_ratio, say
+from _harness import own_home, report_ratio, say
 
 from labkit import Lab
 

@@ -7,10 +7,21 @@ import subprocess
 import sys
 import time
 
-from harness import emit, rounded, say
+from _harness import emit, rounded, say
 
 #: Nothing of these may be loaded by `import labkit` alone.
-HEAVY = ("libvirt", "docker", "matplotlib", "pandas", "ipywidgets", "pydantic", "lxml", "psutil", "rich", "typer")
+HEAVY = (
+    "libvirt",
+    "docker",
+    "matplotlib",
+    "pandas",
+    "ipywidgets",
+    "pydantic",
+    "lxml",
+    "psutil",
+    "rich",
+    "typer",
+)
 
 
 def run(code: str) -> float:

@@ -2,10 +2,14 @@
 
 Protocol, version 1 (the other end, `labkit/guests/agent/agent.c`, says the same):
 
-A frame is `type u8 | session u32 | job u32 | payload | crc32 u32` in little-endian order, the CRC
-being zlib's over all that precedes it. Frames are escaped as RFC 1055 (SLIP) has it and stand between
-two END bytes, so that whoever was frozen in mid-frame by a snapshot is in step again at the next END.
-Frames that are damaged, too long or of an unknown type are dropped.
+A frame is `type u8 | session u32 | number u32 | job u32 | payload | crc32 u32` in little-endian order,
+the CRC being zlib's over all that precedes it. Frames are escaped as RFC 1055 (SLIP) has it and stand
+between two END bytes, so that whoever was frozen in mid-frame by a snapshot is in step again at the
+next END. Frames that are damaged or too long are dropped. Each side numbers the frames that it sends
+in a session, from 0 (HELLO, HELLO_ACK); a number out of turn shows that the guest was reverted to a
+time at which it knew the session already, and that something was lost or is said twice.
+
+HELLO and HELLO_ACK keep this form in all versions, so that two that differ can say so.
 
     type          direction  payload
      1 HELLO      to guest   nonce, 16 bytes; session is its first four. The port's earlier client is
@@ -26,8 +30,8 @@ Frames that are damaged, too long or of an unknown type are dropped.
     13 RESEED     to guest   random bytes, stirred into the kernel's pool and credited
     14 SETTIME    to guest   u64: CLOCK_REALTIME in ns
     15 DONE       to host    u32: errno of a RESEED or SETTIME, 0 where it worked
-    16 STALE      to host    u8: the type of a frame, of that session and job, whose client is not known
-                             here (any more: the guest was reverted or restarted). It did nothing
+    16 STALE      to host    u8: the type of a frame, of that session and job, that did nothing: the
+                             session is not known (any more), or the frame is out of turn. Not numbered
 
 A job ends when its direct child has ended and both its pipes are at their end. A process left in the
 background may hold them open (`sleep 1000 &`), for which ssh would wait and a terminal would not. Here
@@ -57,7 +61,7 @@ NONCE_SIZE = 16
 
 _END, _ESC = b"\xc0", b"\xdb"
 _ESC_END, _ESC_ESC = b"\xdb\xdc", b"\xdb\xdd"
-_HEADER = struct.Struct("<BII")
+_HEADER = struct.Struct("<BIII")
 _U32 = struct.Struct("<I")
 _HELLO_ACK = struct.Struct(f"<{NONCE_SIZE}sHIQQ")
 #: The guest sends no frame that is longer, even with every byte of it escaped.
@@ -90,6 +94,7 @@ class Frame(NamedTuple):
 
     type: int
     session: int
+    number: int
     job: int
     payload: bytes
 
@@ -113,9 +118,9 @@ class Hello(NamedTuple):
     boot_id: str
 
 
-def encode(type: int, session: int, job: int = 0, payload: bytes = b"") -> bytes:
+def encode(type: int, session: int, number: int, job: int = 0, payload: bytes = b"") -> bytes:
     """A frame as it goes over the wire, with an END before and after it."""
-    body = _HEADER.pack(type, session, job) + payload
+    body = _HEADER.pack(type, session, number & 0xFFFFFFFF, job) + payload
     body += _U32.pack(zlib.crc32(body))
     # ESC first: what END becomes has an ESC in it.
     return _END + body.replace(_ESC, _ESC_ESC).replace(_END, _ESC_END) + _END
@@ -151,8 +156,8 @@ def _decode(chunk: bytes) -> Frame | None:
     end = len(chunk) - _U32.size
     if end < _HEADER.size or _U32.unpack_from(chunk, end)[0] != zlib.crc32(memoryview(chunk)[:end]):
         return None
-    type, session, job = _HEADER.unpack_from(chunk)
-    return Frame(type, session, job, chunk[_HEADER.size : end])
+    type, session, number, job = _HEADER.unpack_from(chunk)
+    return Frame(type, session, number, job, chunk[_HEADER.size : end])
 
 
 def u32(value: int) -> bytes:

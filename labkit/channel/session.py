@@ -202,6 +202,8 @@ class Session:
         self._link = _Link(connection)
         self._check = check
         self._session = 0
+        self._sent = 0  # the number of the next frame out
+        self._expected = 0  # and in
         self._job = 0
         self._interrupted = ""
         self.guest: Hello | None = None
@@ -227,6 +229,7 @@ class Session:
         self.broken = True  # until we are known
         again = _HELLO_AGAIN
         while True:
+            self._sent = self._expected = 0
             self._send(Type.HELLO, 0, nonce)
             try:
                 guest = self._await_hello(nonce, min(deadline, time.monotonic() + again))
@@ -324,9 +327,9 @@ class Session:
     def has_ended(self) -> bool:
         """Whether the connection turns out to have ended while nobody used it."""
         try:
-            while not self.broken and self._link.receive(0) is not None:
-                pass
-        except EOFError:
+            while not self.broken and (frames := self._link.receive(0)) is not None:
+                self._in_turn(frames)
+        except (EOFError, NotRunning):
             self.broken = True
         return self.broken
 
@@ -349,14 +352,15 @@ class Session:
     # -- frames
 
     def _send(self, kind: Type, job: int, payload: bytes = b"") -> None:
-        self._link.send(protocol.encode(kind, self._session, job, payload))
+        self._link.send(protocol.encode(kind, self._session, self._sent, job, payload))
+        self._sent += 1
 
     def _receive(self, deadline: float) -> Iterable[Frame] | None:
         """The session's next frames; None after a while without any news.
 
         Raises:
             _Late: the deadline has passed.
-            NotRunning: the connection ended; or what `check` raises.
+            NotRunning: the connection ended; the guest was reverted; or what `check` raises.
         """
         left = deadline - time.monotonic()
         if left <= 0:
@@ -375,7 +379,23 @@ class Session:
         if frames is None:
             self._check()
             return None
-        return [frame for frame in frames if frame.session == self._session]
+        return self._in_turn(frames)
+
+    def _in_turn(self, frames: Iterable[Frame]) -> list[Frame]:
+        """Those frames that are our session's.
+
+        Raises:
+            NotRunning: one is out of turn, since the guest was reverted.
+        """
+        ours = [frame for frame in frames if frame.session == self._session]
+        for frame in ours:
+            if frame.type == Type.HELLO_ACK:
+                self._expected = 0  # there are as many of them as we said HELLO
+            if frame.type != Type.STALE:
+                if frame.number != self._expected:
+                    raise self._stale(nothing_ran=False)
+                self._expected = (self._expected + 1) & 0xFFFFFFFF
+        return ours
 
     def _await_hello(self, nonce: bytes, deadline: float) -> Hello:
         while True:

@@ -8,10 +8,15 @@
  *
  * Protocol, version 1 (the other end is labkit/channel/protocol.py, which says the same):
  *
- *   A frame is   type u8 | session u32 | job u32 | payload | crc32 u32   in little-endian order, the CRC being
- *   zlib's over all that precedes it. Frames are escaped as RFC 1055 (SLIP) has it and stand between two END
- *   bytes, so that whoever was frozen in mid-frame by a snapshot is in step again at the next END. Frames that
- *   are damaged, too long or of an unknown type are dropped.
+ *   A frame is
+ *       type u8 | session u32 | number u32 | job u32 | payload | crc32 u32
+ *   in little-endian order, the CRC being zlib's over all that precedes it. Frames are escaped as RFC 1055 (SLIP)
+ *   has it and stand between two END bytes, so that whoever was frozen in mid-frame by a snapshot is in step again
+ *   at the next END. Frames that are damaged or too long are dropped. Each side numbers the frames that it sends
+ *   in a session, from 0 (HELLO, HELLO_ACK); a number out of turn shows that the guest was reverted to a time at
+ *   which it knew the session already, and that something was lost or is said twice.
+ *
+ *   HELLO and HELLO_ACK keep this form in all versions, so that two that differ can say so.
  *
  *   type          direction  payload
  *    1 HELLO      to guest   nonce, 16 bytes; session is its first four. The port's earlier client is gone:
@@ -32,8 +37,8 @@
  *   13 RESEED     to guest   random bytes, stirred into the kernel's pool and credited
  *   14 SETTIME    to guest   u64: CLOCK_REALTIME in ns
  *   15 DONE       to host    u32: errno of a RESEED or SETTIME, 0 where it worked
- *   16 STALE      to host    u8: the type of a frame, of that session and job, whose client is not known here
- *                            (any more: the guest was reverted or restarted). The frame did nothing
+ *   16 STALE      to host    u8: the type of a frame, of that session and job, that did nothing here: the session
+ *                            is not known (any more), or the frame is out of turn. Not numbered itself
  *
  * A job ends when its direct child has ended and both its pipes are at their end. A process left in the background
  * may hold them open (`sleep 1000 &`); so after the child's end what the pipes hold is delivered, and EXIT follows
@@ -75,7 +80,7 @@ enum {
 enum { END = 0xC0, ESC = 0xDB, ESC_END = 0xDC, ESC_ESC = 0xDD };
 
 enum {
-    HEADER = 9,                                /* type, session, job */
+    HEADER = 13,                               /* type, session, number, job */
     CRC = 4,
     DATA_MAX = 32 * 1024,                      /* of output in a frame */
     FRAME_MAX = 1024 * 1024 + HEADER + CRC,    /* that is taken: EXEC's are long */
@@ -112,6 +117,7 @@ struct port {
     int64_t away_since;        /* ms; 0 while the host is there */
     bool greeted;
     uint32_t session;
+    uint32_t sent, expected;   /* the numbers of the next frames out and in */
     uint8_t *frame;            /* being taken in; FRAME_MAX bytes */
     size_t frame_len;
     bool escaped, spoilt;
@@ -269,7 +275,7 @@ static void send_frame(struct port *port, uint8_t type, uint32_t session, uint32
 {
     uint8_t header[HEADER] = {type};
     size_t most = 2 * (HEADER + n + CRC) + 2;
-    uint32_t crc;
+    uint32_t number = 0, crc;
     if (!has_room(port, most))
         return;
     if (OUT_SIZE - port->out_len < most) { /* what is left of the queue moves to the front */
@@ -277,8 +283,11 @@ static void send_frame(struct port *port, uint8_t type, uint32_t session, uint32
         memmove(port->out, port->out + port->out_pos, port->out_len);
         port->out_pos = 0;
     }
+    if (type != STALE)
+        number = port->sent++;
     memcpy(header + 1, &session, 4);
-    memcpy(header + 5, &job, 4);
+    memcpy(header + 5, &number, 4);
+    memcpy(header + 9, &job, 4);
     crc = ~crc_update(crc_update(~0u, header, HEADER), payload, n);
     port->out[port->out_len++] = END;
     put_escaped(port, header, HEADER);
@@ -720,6 +729,8 @@ static void greet(struct port *port, const uint8_t *nonce)
     port->out_pos = port->out_len = 0;
     port->greeted = true;
     port->session = get32(nonce);
+    port->sent = 0;
+    port->expected = 1;
     memcpy(ack.nonce, nonce, 16);
     ack.version = VERSION;
     ack.pid = getpid();
@@ -812,13 +823,14 @@ static void take_frame(struct port *port)
     if (port->frame_len < HEADER + CRC || ~crc_update(~0u, frame, n) != get32(frame + n))
         return;
     session = get32(frame + 1);
-    id = get32(frame + 5);
+    id = get32(frame + 9);
     if (frame[0] == HELLO) {
         if (n == HEADER + 16)
             greet(port, frame + HEADER);
-    } else if (!port->greeted || session != port->session) {
+    } else if (!port->greeted || session != port->session || get32(frame + 5) != port->expected) {
         send_frame(port, STALE, session, id, frame, 1);
     } else {
+        port->expected++;
         handle(port, frame[0], id, frame + HEADER, n - HEADER);
     }
 }

@@ -80,14 +80,20 @@ class Raw:
         self.end = end
         self.end.settimeout(10)
         self.session = 0
+        self.number = 0
         self.frames: list[Frame] = []
         self._decoder = Decoder()
 
-    def send(self, kind: int, job: int = 0, payload: bytes = b"", session: int | None = None) -> None:
-        self.end.sendall(protocol.encode(kind, self.session if session is None else session, job, payload))
+    def encode(self, kind: int, job: int = 0, payload: bytes = b"") -> bytes:
+        self.number += 1
+        return protocol.encode(kind, self.session, self.number - 1, job, payload)
+
+    def send(self, kind: int, job: int = 0, payload: bytes = b"") -> None:
+        self.end.sendall(self.encode(kind, job, payload))
 
     def hello(self, nonce: bytes = b"0123456789abcdef") -> Frame:
         self.session = protocol.session_of(nonce)
+        self.number = 0
         self.send(Type.HELLO, payload=nonce)
         while True:
             frame = self.next(Type.HELLO_ACK)
@@ -224,6 +230,14 @@ def session(agent: Agent) -> Iterator[Session]:
     client.hello(soon())
     yield client
     client.close()
+
+
+@pytest.fixture
+def pair() -> Iterator[tuple[socket.socket, socket.socket]]:
+    """Both ends of a connection, for what no real agent can be brought to do."""
+    here, there = socket.socketpair()
+    with here, there:
+        yield here, there
 
 
 @pytest.fixture

@@ -30,7 +30,7 @@ def payloads(seed: int, count: int, longest: int = 300) -> list[bytes]:
 def test_frames_survive_any_cutting(seed: int) -> None:
     source = random.Random(seed)
     sent = [
-        Frame(source.randrange(256), source.randrange(2**32), source.randrange(2**32), data)
+        Frame(source.randrange(256), *(source.randrange(2**32) for _ in range(3)), data)
         for data in payloads(seed, 40)
     ]
     wire = b"".join(encode(*frame) for frame in sent)
@@ -44,31 +44,31 @@ def test_frames_survive_any_cutting(seed: int) -> None:
 
 def test_the_longest_data_frame_survives_where_every_byte_is_escaped() -> None:
     data = b"\xdb" * protocol.DATA_MAX
-    wire = encode(Type.STDOUT, 1, 2, data)
+    wire = encode(Type.STDOUT, 1, 2, 3, data)
     decoder = Decoder()
     frames = [frame for at in range(0, len(wire), 1000) for frame in decoder.feed(wire[at : at + 1000])]
-    assert frames == [Frame(Type.STDOUT, 1, 2, data)]
+    assert frames == [Frame(Type.STDOUT, 1, 2, 3, data)]
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_damaged_frame_is_dropped_and_the_next_one_is_not(seed: int) -> None:
     source = random.Random(seed)
     for data in payloads(seed, 40):
-        wire = bytearray(encode(Type.STDOUT, 7, 8, data))
+        wire = bytearray(encode(Type.STDOUT, 7, 8, 9, data))
         wire[source.randrange(1, len(wire) - 1)] ^= 1 << source.randrange(8)
-        after = encode(Type.EXIT, 7, 8, b"\0\0\0\0")
-        assert Decoder().feed(bytes(wire) + after)[-1:] == [Frame(Type.EXIT, 7, 8, b"\0\0\0\0")]
-        assert Frame(Type.STDOUT, 7, 8, data) not in Decoder().feed(bytes(wire) + after)
+        after = encode(Type.EXIT, 7, 8, 9, b"\0\0\0\0")
+        assert Decoder().feed(bytes(wire) + after)[-1:] == [Frame(Type.EXIT, 7, 8, 9, b"\0\0\0\0")]
+        assert Frame(Type.STDOUT, 7, 8, 9, data) not in Decoder().feed(bytes(wire) + after)
 
 
 @pytest.mark.parametrize("seed", range(20))
 def test_a_stream_entered_in_mid_frame_finds_its_step(seed: int) -> None:
     source = random.Random(seed)
-    first = encode(Type.STDOUT, 1, 1, bytes(source.randrange(256) for _ in range(500)))
-    second = encode(Type.EXIT, 1, 1, b"\0\0\0\0")
+    first = encode(Type.STDOUT, 1, 1, 1, bytes(source.randrange(256) for _ in range(500)))
+    second = encode(Type.EXIT, 1, 1, 1, b"\0\0\0\0")
     cut = source.randrange(1, len(first))
-    assert Decoder().feed(first[cut:] + second) == [Frame(Type.EXIT, 1, 1, b"\0\0\0\0")]
-    assert Decoder().feed(first[:cut] + second)[-1:] == [Frame(Type.EXIT, 1, 1, b"\0\0\0\0")]
+    assert Decoder().feed(first[cut:] + second) == [Frame(Type.EXIT, 1, 1, 1, b"\0\0\0\0")]
+    assert Decoder().feed(first[:cut] + second)[-1:] == [Frame(Type.EXIT, 1, 1, 1, b"\0\0\0\0")]
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -80,12 +80,12 @@ def test_noise_makes_no_frames_and_takes_no_memory(seed: int) -> None:
     for _ in range(100):  # without a single END
         assert decoder.feed(b"\x01" * 10_000) == []
     assert len(decoder._rest) < 100_000
-    assert decoder.feed(encode(Type.PING, 1)) == [Frame(Type.PING, 1, 0, b"")]
+    assert decoder.feed(encode(Type.PING, 1, 2)) == [Frame(Type.PING, 1, 2, 0, b"")]
 
 
 def test_encoding_holds_no_end_but_at_its_ends() -> None:
     for data in payloads(1, 50):
-        wire = encode(Type.STDIN, 0xC0DBC0DB, 0xC0DB, data)
+        wire = encode(Type.STDIN, 0xC0DBC0DB, 0xC0DB, 0xDB, data)
         assert wire.startswith(b"\xc0")
         assert wire.endswith(b"\xc0")
         assert b"\xc0" not in wire[1:-1]

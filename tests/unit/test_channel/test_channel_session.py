@@ -206,15 +206,15 @@ def test_a_guest_that_is_silent_is_told_from_a_command_that_is_slow(session, age
     assert session.broken
 
 
-def test_a_command_that_cannot_be_killed_is_told_too() -> None:
-    here, there = socket.socketpair()
+def test_a_command_that_cannot_be_killed_is_told_too(pair) -> None:
+    here, there = pair
 
     def guest() -> None:  # one whose command hangs in the kernel, which cannot be had here
         decoder = protocol.Decoder()
         while data := there.recv(65536):
             for frame in decoder.feed(data):
                 if frame.type == Type.PING:
-                    there.sendall(protocol.encode(Type.PONG, frame.session, frame.job, b"\1"))
+                    there.sendall(protocol.encode(Type.PONG, frame.session, 0, frame.job, b"\1"))
 
     thread = threading.Thread(target=guest)
     thread.start()
@@ -222,9 +222,8 @@ def test_a_command_that_cannot_be_killed_is_told_too() -> None:
     with pytest.raises(CommandTimeout, match="could not be killed"):
         session.run(["true"], timeout=0.1)
     assert session.broken
-    session.close()
+    session.close()  # which ends the guest too
     thread.join(10)
-    there.close()
 
 
 def test_the_background_does_not_keep_a_command_from_ending(session, helpers) -> None:
@@ -355,15 +354,28 @@ def test_a_session_that_the_guest_does_not_know_is_stale(session, raw) -> None:
     assert session.broken
 
 
-def test_hello_misses_its_deadline_where_nobody_answers(helpers) -> None:
-    here, there = socket.socketpair()
+def test_a_session_whose_guest_went_back_in_time_is_stale(session) -> None:
+    session.run(["true"])
+    session._sent += 1  # as if the guest had forgotten a frame
+    with pytest.raises(StaleSession):
+        session.run(["true"])
+    assert session.broken
+
+
+def test_output_with_a_gap_in_it_is_not_passed_off_as_whole(session) -> None:
+    session._expected += 1  # as if the guest had gone back to before it sent a frame
+    with pytest.raises(NotRunning, match="reverted or restarted while the command ran"):
+        session.run(["echo", "on"])
+    assert session.broken
+
+
+def test_hello_misses_its_deadline_where_nobody_answers(pair) -> None:
     with pytest.raises(CommandTimeout, match="did not answer in time"):
-        Session(here).hello(time.monotonic() + 0.1)
-    there.close()
+        Session(pair[0]).hello(time.monotonic() + 0.1)
 
 
-def test_hello_is_said_again_where_it_was_lost(helpers) -> None:
-    here, there = socket.socketpair()
+def test_hello_is_said_again_where_it_was_lost(pair, helpers) -> None:
+    here, there = pair
     session = Session(here)
     thread = threading.Thread(target=session.hello, args=(helpers.soon(),))
     thread.start()
@@ -371,26 +383,25 @@ def test_hello_is_said_again_where_it_was_lost(helpers) -> None:
     decoder = protocol.Decoder()
     [hello] = decoder.feed(there.recv(65536))
     answer = hello.payload + protocol.VERSION.to_bytes(2, "little") + bytes(20) + b"boot"
-    there.sendall(protocol.encode(Type.HELLO_ACK, hello.session, 0, answer))
+    there.sendall(protocol.encode(Type.HELLO_ACK, hello.session, 0, 0, answer))
     thread.join(10)
     assert session.guest is not None
     assert session.guest.boot_id == "boot"
-    there.close()
 
 
-def test_another_version_of_the_protocol_is_refused(helpers) -> None:
-    here, there = socket.socketpair()
+def test_another_version_of_the_protocol_is_refused(pair, helpers) -> None:
+    here, there = pair
 
     def guest() -> None:
         [hello] = protocol.Decoder().feed(there.recv(65536))
-        there.sendall(protocol.encode(Type.HELLO_ACK, hello.session, 0, hello.payload + b"\x63" + bytes(23)))
+        answer = hello.payload + b"\x63" + bytes(23)
+        there.sendall(protocol.encode(Type.HELLO_ACK, hello.session, 0, 0, answer))
 
     thread = threading.Thread(target=guest)
     thread.start()
     with pytest.raises(HostError, match="version 99"):
         Session(here).hello(helpers.soon())
     thread.join()
-    there.close()
 
 
 def test_ping_is_answered(session) -> None:

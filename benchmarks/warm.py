@@ -1,4 +1,4 @@
-"""A start from a saved state (revert to a snapshot with memory) to the first answer, over a cold boot of QEMU alone."""
+"""A start from a saved state (a snapshot with memory) to the first answer, over a cold boot of QEMU alone."""
 
 from __future__ import annotations
 

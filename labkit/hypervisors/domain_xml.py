@@ -125,7 +125,9 @@ def _devices(domain: Any, plan: Plan) -> None:
     devices = _add(domain, "devices")
     for index, (path, disk) in enumerate(zip(plan.disks, plan.spec.disks, strict=True)):
         element = _add(devices, "disk", type="file", device="disk")
-        _add(element, "driver", name="qemu", type=disk.format, discard="unmap")
+        # queues: QEMU's default is one for each CPU that it starts with, and a snapshot that was taken with
+        # CPUs plugged in later would not load.
+        _add(element, "driver", name="qemu", type=disk.format, discard="unmap", queues="1")
         _add(element, "source", file=path)
         _add(element, "target", dev=disk_target(index), bus="virtio")
     if plan.seed:

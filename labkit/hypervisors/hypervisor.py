@@ -146,7 +146,7 @@ class Hypervisor(Protocol):
         ...
 
     def set_cpus(self, uuid: str, count: int) -> None:
-        """Give it more or fewer virtual CPUs, running or not, up to its maximum."""
+        """Give it more or fewer virtual CPUs, up to its maximum; fewer from its next start on."""
         ...
 
     def resize_disk(self, uuid: str, index: int, size: int) -> None:

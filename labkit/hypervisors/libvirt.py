@@ -341,7 +341,11 @@ class LibvirtHypervisor:
     @_translated
     def set_cpus(self, uuid: str, count: int) -> None:
         domain = self._domain(uuid)
-        domain.setVcpusFlags(count, _affect(domain))
+        domain.setVcpusFlags(count, libvirt.VIR_DOMAIN_AFFECT_CONFIG)
+        # QEMU 7.2 never finishes unplugging a CPU that it emulates: libvirt gives up on it after 5 s, and the
+        # next snapshot hangs for ever.
+        if domain.isActive() and count > domain.vcpusFlags(libvirt.VIR_DOMAIN_AFFECT_LIVE):
+            domain.setVcpusFlags(count, libvirt.VIR_DOMAIN_AFFECT_LIVE)
 
     @_translated
     def resize_disk(self, uuid: str, index: int, size: int) -> None:
@@ -354,7 +358,9 @@ class LibvirtHypervisor:
         snapshot = etree.Element("domainsnapshot")
         etree.SubElement(snapshot, "name").text = name
         etree.SubElement(snapshot, "description").text = note
-        self._domain(uuid).snapshotCreateXML(etree.tostring(snapshot, encoding="unicode"), 0)
+        domain = self._domain(uuid)
+        made = domain.snapshotCreateXML(etree.tostring(snapshot, encoding="unicode"), 0)
+        _have_cpus_from_start(domain, made)
 
     @_translated
     def revert(self, uuid: str, name: str) -> None:
@@ -395,6 +401,28 @@ class LibvirtHypervisor:
 def _affect(domain: Any) -> int:
     config: int = libvirt.VIR_DOMAIN_AFFECT_CONFIG
     return config | libvirt.VIR_DOMAIN_AFFECT_LIVE if domain.isActive() else config
+
+
+def _have_cpus_from_start(domain: Any, snapshot: Any) -> None:
+    """Let a revert start QEMU with the CPUs that were plugged in while the machine ran.
+
+    libvirt 9.0 would plug them in after QEMU has loaded the state, which fails for want of them.
+    """
+    before = snapshot.getXMLDesc(libvirt.VIR_DOMAIN_SNAPSHOT_XML_SECURE)
+    tree = etree.fromstring(before)
+    late = [cpu for cpu in tree.iterfind("domain/vcpus/vcpu") if cpu.get("enabled") == "yes"]
+    if all(cpu.get("hotpluggable") == "no" for cpu in late):
+        return
+    for cpu in late:
+        cpu.set("hotpluggable", "no")
+        if cpu.get("order"):
+            del cpu.attrib["order"]
+    redefine = libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_REDEFINE | libvirt.VIR_DOMAIN_SNAPSHOT_CREATE_CURRENT
+    snapshot.delete(libvirt.VIR_DOMAIN_SNAPSHOT_DELETE_METADATA_ONLY)
+    try:
+        domain.snapshotCreateXML(etree.tostring(tree, encoding="unicode"), redefine)
+    except libvirt.libvirtError:
+        domain.snapshotCreateXML(before, redefine)
 
 
 def _snapshot_info(snapshot: Any) -> SnapshotInfo:

@@ -245,8 +245,9 @@ class VM(BaseMachine):
     def resize(self, *, memory: str | int | None = None, cpus: int | None = None) -> Self:
         """Give it more or less memory or CPUs, while it runs or off.
 
-        A running guest gives memory back when its balloon driver gets to it. Both can grow up to the
-        `max_memory` and `max_cpus` that the machine was made with.
+        A running guest gives memory back when its balloon driver gets to it. CPUs that are taken away
+        stay in a running machine, switched off by its guest, until its next start. Both can grow up to
+        the `max_memory` and `max_cpus` that the machine was made with.
 
         Raises:
             SpecError: it is more than the machine's maximum.
@@ -269,7 +270,7 @@ class VM(BaseMachine):
         if cpus is not None:
             self._hypervisor.set_cpus(self.uuid, wanted.cpus)
             if self.state == "running":
-                self.run(["/bin/sh", "-c", _AWAIT_CPUS, "cpus", str(wanted.cpus)])
+                self.run(["/bin/sh", "-c", _USE_CPUS, "cpus", str(wanted.cpus)])
         self._update(resized={**self._check_there().data.get("resized", {}), **changes})
         return self
 
@@ -609,17 +610,21 @@ class VM(BaseMachine):
         raise NotFound(f"{self.name} has no snapshot named {name}.", evidence=f"snapshots: {names}")
 
 
-#: Waits until the guest works with the asked number of CPUs. One that was plugged in appears some
-#: time later, and has to be told to work where no udev does that.
-_AWAIT_CPUS = """
+#: Lets the guest work with so many of its CPUs. One that was plugged in takes a while to appear, and waits
+#: to be told to work where no udev does that.
+_USE_CPUS = """
 tries=0
 until [ "$(nproc)" = "$1" ]; do
+    used=1
     for cpu in /sys/devices/system/cpu/cpu[1-9]*/online; do
-        [ ! -e "$cpu" ] || [ "$(cat "$cpu")" = 1 ] || echo 1 > "$cpu"
+        [ -e "$cpu" ] || continue
+        used=$((used + 1))
+        [ $used -le "$1" ] && wanted=1 || wanted=0
+        [ "$(cat "$cpu")" = $wanted ] || echo $wanted > "$cpu"
     done
     tries=$((tries + 1))
     [ $tries -lt 100 ] || { echo "the guest works with $(nproc) CPUs, not with $1" >&2; exit 1; }
-    sleep 0.1
+    [ "$(nproc)" = "$1" ] || sleep 0.1
 done
 """
 

@@ -303,7 +303,10 @@ class LibvirtHypervisor:
     def _open_local(self, uuid: str, name: str) -> socket.socket:
         client = socket.socket(socket.AF_UNIX)
         try:
+            # Where QEMU's queue of clients is full, connect must fail (EAGAIN) rather than wait unbounded.
+            client.setblocking(False)
             client.connect(str(self._channel_path(uuid, name)))
+            client.setblocking(True)
         except BaseException:
             client.close()
             raise

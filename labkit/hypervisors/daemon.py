@@ -3,7 +3,8 @@
 It runs under `tini -s`, which takes up and reaps the orphans that libvirtd makes: where PID 1 does
 not reap promptly, as in many containers, every libvirt call otherwise waits 10 s for zombies. Root
 runs it in a user namespace as an ordinary user, so that libvirt keeps to its session driver and
-leaves the host's system driver alone. It ends by itself when nobody has used it for a while and no VM
+leaves the host's system driver alone; where that is forbidden, a preloaded library tells it the same
+(ordinary_user.c). It ends by itself when nobody has used it for a while and no VM
 of it runs.
 """
 
@@ -21,11 +22,14 @@ from urllib.parse import quote
 
 from labkit import paths, state
 from labkit.errors import HypervisorError
-from labkit.tools import require
+from labkit.tools import require, run_tool
 
 #: Seconds without clients and running VMs after which the daemon ends by itself.
 IDLE = 30
 _START_DEADLINE = 30.0
+#: What a daemon logs while the one before it, which answers no more, has not quite ended.
+_HELD = b"Failed to acquire pid file"
+_PRELOADED = Path(__file__).with_name("ordinary_user.c")
 
 # stdio_handler: QEMU writes console logs itself, where libvirt would start one more daemon for it.
 _QEMU_CONF = """\
@@ -45,7 +49,7 @@ def uri() -> str:
     if not _answers(path):
         with state.lock_file(paths.state_dir() / "libvirtd.lock"):
             if not _answers(path):
-                _start(path)
+                _start(path, time.monotonic() + _START_DEADLINE)
     return f"qemu+unix:///session?socket={quote(str(path))}"
 
 
@@ -92,28 +96,32 @@ def _answers(path: Path) -> bool:
     return True
 
 
-def _start(path: Path) -> None:
+def _start(path: Path, deadline: float) -> None:
     runtime = paths.runtime_dir()
     log = paths.state_dir() / "libvirtd.log"
+    command, preload = _command()
     with log.open("wb") as output:
         process = subprocess.Popen(
-            _command(),
+            command,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=_environment(runtime),
+            env=_environment(runtime) | preload,
             cwd="/",
             start_new_session=True,
         )
-    deadline = time.monotonic() + _START_DEADLINE
     while not _answers(path):
+        if process.poll() is not None and _HELD in log.read_bytes() and time.monotonic() < deadline:
+            time.sleep(0.05)
+            _start(path, deadline)
+            return
         if process.poll() is not None or time.monotonic() > deadline:
             ended = process.returncode
             process.kill()
             raise HypervisorError(
                 "labkit's libvirt daemon "
                 + ("did not answer in time." if ended is None else f"ended at once with exit {ended}."),
-                command=" ".join(_command()),
+                command=" ".join(command),
                 returncode=ended,
                 evidence=_tail(log),
                 mend="Run labkit doctor, which checks what the daemon needs.",
@@ -121,7 +129,8 @@ def _start(path: Path) -> None:
         time.sleep(0.005)
 
 
-def _command() -> list[str]:
+def _command() -> tuple[list[str], dict[str, str]]:
+    """What starts it, and what that needs in its environment."""
     command = [
         require("tini", package="tini"),
         "-s",
@@ -130,10 +139,28 @@ def _command() -> list[str]:
         "--timeout",
         str(IDLE),
     ]
-    if os.geteuid() == 0:
-        unshare = require("unshare", package="util-linux")
-        command = [unshare, "--user", "--map-user=1000", "--map-group=1000", *command]
-    return command
+    if os.geteuid() != 0:
+        return command, {}
+    unshare = [
+        require("unshare", package="util-linux"),
+        "--user",
+        "--map-user=1000",
+        "--map-group=1000",
+        "--",
+    ]
+    if subprocess.run([*unshare, "/bin/true"], capture_output=True, check=False).returncode == 0:
+        return [*unshare, *command], {}
+    library = paths.state_dir() / "ordinary_user.so"
+    if not library.exists():
+        compiler = require("cc", package="gcc libc6-dev")
+        aside = library.with_suffix(f".{os.getpid()}")
+        run_tool(
+            [compiler, "-shared", "-fPIC", "-Os", "-o", aside, _PRELOADED],
+            what="compile what the libvirt daemon needs where user namespaces are forbidden",
+            mend="sudo apt install gcc libc6-dev",
+        )
+        aside.replace(library)
+    return command, {"LD_PRELOAD": str(library)}
 
 
 def _environment(runtime: Path) -> dict[str, str]:

@@ -75,14 +75,16 @@ def connect(uri: str = "") -> LibvirtHypervisor:
         kept = _connections.get(uri)
         if kept and kept.usable():
             return kept
-        _connections[uri] = LibvirtHypervisor(uri, _open(uri or daemon.uri()))
+        _connections[uri] = LibvirtHypervisor(uri, _open(uri))
         return _connections[uri]
 
 
-def _open(uri: str) -> Any:
+def _open(uri: str, *, again: bool = True) -> Any:
     try:
-        return libvirt.open(uri)
+        return libvirt.open(uri or daemon.uri())
     except libvirt.libvirtError as exc:
+        if again and not uri:  # the daemon may have ended in this very moment, having been idle
+            return _open(uri, again=False)
         raise HypervisorError(
             "The hypervisor cannot be reached.",
             command=f"libvirt.open({uri!r})",

@@ -5,6 +5,7 @@ Results go to stdout (with `--json` as one document), all else to stderr.
 
 from __future__ import annotations
 
+import os
 import sys
 
 
@@ -20,4 +21,10 @@ def main() -> None:
         sys.exit(2)
     except LabkitError as exc:
         print(exc, file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # whoever read our output has seen enough: labkit ls | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as exc:
+        print(f"labkit: {exc}", file=sys.stderr)
         sys.exit(1)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import select
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +23,9 @@ app = typer.Typer(
 )
 images = typer.Typer(help="The images that VMs boot.", no_args_is_help=True)
 app.add_typer(images, name="images")
+
+#: Seconds for which `labkit run` waits for a pipe's first byte.
+_STDIN_PATIENCE = 0.1
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 MachineName = Annotated[str, typer.Argument(metavar="[LAB/]NAME", help="The machine, as labkit ls shows it.")]
@@ -121,11 +126,18 @@ def run(
         list[str], typer.Argument(help="One word goes to the guest's shell, more run as they are.")
     ],
     timeout: Annotated[float, typer.Option(help="Seconds until it is killed.")] = 60,
+    stdin: Annotated[
+        bool,
+        typer.Option("--stdin", "-i", help="Wait for all of standard input, and give it to the command."),
+    ] = False,
 ) -> None:
-    """Run a command on a machine; its output and its exit become this command's."""
+    """Run a command on a machine; its output and its exit become this command's.
+
+    A file or a pipe that stands ready on standard input is given to it; --stdin waits for a slow one.
+    """
     from labkit.machines.machine import echo_bytes
 
-    given = None if sys.stdin.isatty() else sys.stdin.buffer.read()
+    given = sys.stdin.buffer.read() if sys.stdin and (stdin or _stands_ready(sys.stdin.fileno())) else None
     done = _machine(machine).run(
         command[0] if len(command) == 1 else command,
         input=given,
@@ -179,6 +191,14 @@ def images_build(
 
     image = guests.get(name, refresh=True)
     print(f"{image.name}: {image.version}")
+
+
+def _stands_ready(descriptor: int) -> bool:
+    """Whether there is something to be read, or an end; a script's or a service's own standard input may
+    stay open and silent for ever, and is no input then."""
+    if os.isatty(descriptor):
+        return False
+    return bool(select.select([descriptor], [], [], _STDIN_PATIENCE)[0])
 
 
 def _machine(name: str) -> Any:

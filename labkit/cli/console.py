@@ -43,10 +43,10 @@ def _join(terminal: int, console: socket.socket) -> None:
     while True:
         ready, _, _ = select.select([terminal, console.fileno()], [], [])
         if terminal in ready:
-            typed = os.read(terminal, 1024)
-            if not typed or _ESCAPE in typed:
-                return
+            typed, escape, _ = os.read(terminal, 1024).partition(_ESCAPE)
             console.sendall(typed)
+            if escape or not typed:
+                return
         if console.fileno() in ready:
             said = console.recv(65536)
             if not said:  # the VM went off, or another took the console

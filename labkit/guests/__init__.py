@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from labkit.errors import NotFound
-from labkit.guests import pocket
+from labkit.guests import debian, pocket
 from labkit.guests.image import Image
 from labkit.guests.store import Record, Store
 from labkit.progress import Progress, progress
@@ -111,7 +111,7 @@ def _entry(recipe: _Recipe) -> Entry:
 
 
 def _recipes() -> dict[str, _Recipe]:
-    return {recipe.NAME: recipe for recipe in (pocket,)}
+    return {recipe.NAME: recipe for recipe in (pocket, debian)}
 
 
 def _is_newer(record: Record, before: Record | None) -> bool:

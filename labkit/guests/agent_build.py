@@ -1,4 +1,4 @@
-"""Compiling the guest's side of labkit's channel: one C file, linked statically, to run in any guest."""
+"""Compiling our own programs for guests: one C file each, linked statically, to run in any of them."""
 
 from __future__ import annotations
 
@@ -24,16 +24,7 @@ def build_program(source: Path) -> bytes:
     with tempfile.TemporaryDirectory(prefix="labkit-agent-") as directory:
         program = Path(directory) / "program"
         # --build-id=none and -s: the same source gives the same bytes.
-        argv = [
-            compiler,
-            "-static",
-            "-Os",
-            "-s",
-            "-Wl,--build-id=none",
-            "-o",
-            str(program),
-            str(AGENT_SOURCE),
-        ]
+        argv = [compiler, "-static", "-Os", "-s", "-Wl,--build-id=none", "-o", str(program), str(source)]
         run_tool(argv, what=f"compile {source.name} for the guest", mend="sudo apt install gcc libc6-dev")
         return program.read_bytes()
 

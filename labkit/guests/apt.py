@@ -1,7 +1,7 @@
 """The boundary with apt and dpkg: which packages there are, getting them, reading them; nothing is installed.
 
-Everything here works as an ordinary user and touches no state of apt's: `apt-cache` and `apt-get --print-uris` read
-the package lists that are there, `apt-get download` writes into our cache.
+Everything here works as an ordinary user and touches no state of apt's: `apt-cache` and
+`apt-get --print-uris` read the package lists that are there, `apt-get download` writes into our cache.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import re
 import shutil
 import subprocess
 import tarfile
-import time
 import urllib.parse
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from labkit.errors import HostError, ToolError
+from labkit.guests.process import run_watched
 from labkit.progress import Progress
 from labkit.tools import require, run_tool, which
 
@@ -49,7 +49,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Distribution:
-    """This computer's distribution, from /etc/os-release: ("debian", "bookworm", "Debian GNU/Linux 12 (bookworm)")."""
+    """This computer's distribution: ("debian", "bookworm", "Debian GNU/Linux 12 (bookworm)")."""
 
     id: str
     codename: str
@@ -66,8 +66,9 @@ def distribution() -> Distribution:
     fields = dict(re.findall(r'^(\w+)="?(.*?)"?$', path.read_text(), re.MULTILINE)) if path.exists() else {}
     family = {fields.get("ID", ""), *fields.get("ID_LIKE", "").split()}
     if not which("apt-get") or not family & {"debian", "ubuntu"}:
+        name = fields.get("NAME", "another system")
         raise HostError(
-            f"Guests are made from Debian's or Ubuntu's packages, and this is {fields.get('NAME', 'another system')}.",
+            f"Guests are made from Debian's or Ubuntu's packages, and this is {name}.",
             mend="Use Debian 12 or 13 or Ubuntu 24.04 (WSL and virtual machines will do).",
         )
     kind = "ubuntu" if "ubuntu" in family else "debian"
@@ -139,6 +140,18 @@ def _parse_uri(line: str) -> Package:
     return Package(name, urllib.parse.unquote(version), filename, int(size), digest)
 
 
+def sources(codename: str) -> tuple[str, ...]:
+    """Lines for a sources.list of Debian's own suites of that release, from where this computer gets them."""
+    form = "$(ORIGIN)|$(REPO_URI)|$(RELEASE)|$(COMPONENT)"
+    argv = [require("apt-get", package="apt"), "indextargets", "--format", form, "Created-By: Packages"]
+    lines: dict[str, None] = {}
+    for target in run_tool(argv, what="ask apt for its sources").splitlines():
+        origin, uri, release, component = target.split("|")
+        if origin == "Debian" and release.startswith(codename) and uri.startswith(("http:", "https:")):
+            lines.setdefault(f"deb {uri} {release} {component}")
+    return tuple(lines)
+
+
 def download(packages: Iterable[Package], into: Path, progress: Progress) -> dict[str, Path]:
     """Get packages into a directory, those that are not there yet: name -> file.
 
@@ -159,46 +172,18 @@ def download(packages: Iterable[Package], into: Path, progress: Progress) -> dic
 def _fetch(packages: list[Package], staging: Path, progress: Progress) -> None:
     size = sum(package.size for package in packages)
     progress.step(f"downloading {len(packages)} packages ({size / 1e6:.0f} MB)")
-    argv = [
-        require("apt-get", package="apt"),
-        *_options(),
-        "-qq",
-        "download",
-        *(f"{package.name}={package.version}" for package in packages),
-    ]
-    log = staging / "apt.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            argv,
-            cwd=staging,
-            stdin=subprocess.DEVNULL,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "LC_ALL": "C.UTF-8"},
-        )
-        try:
-            _watch(process, staging, progress)
-        except BaseException:
-            process.kill()  # an interrupt must not leave apt-get behind
-            process.wait()
-            raise
-    if process.returncode != 0:
-        raise ToolError(
-            "Could not download the packages that the guest is made from.",
-            command=" ".join(argv),
-            returncode=process.returncode,
-            evidence="\n".join(log.read_text(errors="replace").splitlines()[-8:]),
-            mend=_UPDATE,
-        )
-
-
-def _watch(process: subprocess.Popen[bytes], staging: Path, progress: Progress) -> None:
+    argv = [require("apt-get", package="apt"), *_options(), "-qq", "download"]
+    argv += [f"{package.name}={package.version}" for package in packages]
     seen = 0
-    while process.poll() is None:
-        time.sleep(0.1)
+
+    def count() -> None:
+        nonlocal seen
         now = _size_below(staging)
         progress.update(max(0, now - seen))
         seen = max(seen, now)
+
+    what = "download the packages that the guest is made from"
+    run_watched(argv, what=what, log=staging / "apt.log", tick=count, cwd=staging, mend=_UPDATE)
 
 
 def _size_below(directory: Path) -> int:
@@ -256,7 +241,8 @@ def read_package(deb: Path, wanted: Callable[[str], bool]) -> dict[str, Entry]:
     argv = [require("dpkg-deb", package="dpkg"), "--fsys-tarfile", str(deb)]
     found: dict[str, Entry] = {}
     with subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
-        assert process.stdout and process.stderr
+        assert process.stdout
+        assert process.stderr
         try:
             with tarfile.open(fileobj=process.stdout, mode="r|") as archive:
                 for member in archive:
@@ -297,7 +283,7 @@ def _options() -> list[str]:
 
 def _not_listed(names: list[str], cause: ToolError) -> HostError:
     return HostError(
-        f"apt does not know the package{'s' if len(names) > 1 else ''} that the guest is made from: {', '.join(names)}.",
+        f"apt does not know all of the packages that the guest is made from: {', '.join(names)}.",
         evidence=cause.evidence,
         mend=_UPDATE,
     )

@@ -1,4 +1,4 @@
-"""Writing initramfs archives: the "newc" form of cpio, by ourselves, so that it takes neither root nor a program.
+"""Writing initramfs archives: cpio's "newc" form, by ourselves, so that it takes neither root nor a program.
 
 Entries are sorted, times are 0 and inode numbers count up, so the same files give the same bytes.
 Source: Documentation/driver-api/early-userspace/buffer-format.rst in the kernel.

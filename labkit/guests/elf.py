@@ -1,4 +1,4 @@
-"""Just enough of ELF to build guests: which libraries a program needs, what a module or kernel says of itself.
+"""Just enough of ELF to build guests: what libraries a program needs, what a module or kernel says of itself.
 
 64-bit little-endian files only, which is what x86-64 and arm64 have.
 Source: System V ABI, "Object Files" and "Dynamic Linking" (the same as elf(5)).

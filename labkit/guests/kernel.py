@@ -1,8 +1,8 @@
 """Unpacking distribution kernels to what QEMU enters fastest.
 
 On x86-64 that is the ELF `vmlinux` inside the bzImage, entered by PVH: no real mode, no decompression in the
-guest (HOST-FACTS: 1.65 s against 2.2 s to userland under TCG). On arm64 it is the plain `Image`; that half was
-written from the documents and tried on synthetic payloads only, no arm64 machine was at hand.
+guest (1.65 s against 2.2 s to userland under TCG). On arm64 it is the plain `Image`; that half was written
+from the documents and tried on synthetic payloads only, no arm64 machine was at hand.
 
 Sources: Documentation/x86/boot.rst (`setup_sects`, `payload_offset`), Documentation/arm64/booting.rst, and
 drivers/firmware/efi/libstub/zboot-header.S in the kernel.
@@ -71,7 +71,7 @@ def _is_arm64_image(data: bytes) -> bool:
 
 
 def decompress(data: bytes) -> bytes:
-    """The contents of a compressed stream, its form told by its first bytes; what follows the stream is ignored.
+    """The contents of a compressed stream, its form told by its first bytes; what follows it is ignored.
 
     Raises:
         ValueError: the form is unknown or the data is damaged.

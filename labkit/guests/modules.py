@@ -1,7 +1,7 @@
-"""Kernel modules of a distribution's kernel package: which ones are needed, in which order, and depmod's tables.
+"""Kernel modules of a distribution's kernel: which ones are needed, in which order, and depmod's tables.
 
-The packages carry no `modules.dep` (their post-installation script makes it), so we make our own for the modules
-that we take, from what each module says of itself in its `.modinfo` section.
+The packages carry no `modules.dep` (their post-installation script makes it), so we make our own for the
+modules that we take, from what each module says of itself in its `.modinfo` section.
 Source: modules.dep(5), modinfo(8), kbuild's Documentation/kbuild/modules.rst.
 """
 

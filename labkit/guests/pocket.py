@@ -11,22 +11,20 @@ from __future__ import annotations
 
 import posixpath
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from labkit import paths
 from labkit.errors import HostError
-from labkit.guests import apt, elf
-from labkit.guests.agent_build import AGENT_SOURCE, build_agent
+from labkit.guests import apt, data, elf
+from labkit.guests.agent_build import AGENT_SOURCE, SCREEN_SOURCE, build_agent, build_program
 from labkit.guests.cpio import Archive
 from labkit.guests.image import Image
+from labkit.guests.initramfs import CONSOLES, add_busybox, add_modules, command_line
 from labkit.guests.kernel import direct_boot_kernel
-from labkit.guests.modules import ModuleTree, modules_alias, modules_dep
 from labkit.guests.store import fingerprint
 from labkit.progress import Progress
-from labkit.tools import run_tool
 
 MiB = 1 << 20
 
@@ -34,45 +32,17 @@ NAME = "pocket"
 WHAT = "a small Linux in memory (kernel and busybox), up in seconds"
 
 _HERE = Path(__file__).parent
-_FILES = _HERE / "files"
 _SOURCES = (
-    "pocket.py",
-    "apt.py",
-    "agent_build.py",
-    "cpio.py",
-    "elf.py",
-    "image.py",
-    "kernel.py",
-    "modules.py",
+    *("pocket.py", "agent_build.py", "apt.py", "cpio.py", "data.py", "elf.py", "image.py", "initramfs.py"),
+    *("kernel.py", "modules.py", "process.py"),
 )
 
-#: Loaded before the guest answers, beside the drivers of the virtio devices that are there. pvpanic_mmio also
-#: drives the ISA form of the device; the PCI form waits, since switching on a PCI device costs 0.1 s under TCG.
+#: Loaded before the guest answers, beside the drivers of the virtio devices that are there. pvpanic_mmio
+#: drives its ISA form too; the PCI form waits, as switching on a PCI device costs 0.1 s under TCG.
 EARLY_MODULES = ("virtio_pci", "virtio_console", "pvpanic_mmio")
 _EARLY_DRIVERS = ("virtio_net", "virtio_blk", "virtio_scsi", "sd_mod")
 #: Loaded right after it.
 LATE_MODULES = ("pvpanic_pci", "virtio_rng", "virtio_balloon", "button", "evdev", "gpio_keys")
-#: In the image for whoever asks: loaded by `modprobe`, by the kernel itself, or because the hardware is there.
-ON_DEMAND_MODULES = (
-    *(
-        "ext4",
-        "vfat",
-        "nls_ascii",
-        "nls_cp437",
-        "nls_iso8859_1",
-        "nls_utf8",
-        "isofs",
-        "squashfs",
-        "overlay",
-        "loop",
-    ),
-    *("virtiofs", "9p", "9pnet_virtio", "sr_mod", "sd_mod", "ata_piix", "ata_generic", "ahci", "nvme"),
-    *("ipv6", "af_packet", "tun", "tap", "bridge", "8021q", "veth", "dummy", "macvlan"),
-    *("e1000", "e1000e", "8139cp", "vmxnet3", "pcnet32"),
-    *("nf_tables", "nft_chain_nat", "nft_masq", "nft_nat", "nft_ct", "nft_reject_inet"),
-    *("sch_netem", "sch_tbf"),
-    *("qemu_fw_cfg", "i6300esb", "softdog", "virtio_mem", "vsock", "vmw_vsock_virtio_transport"),
-)
 
 _METAPACKAGES = {
     ("debian", "amd64"): "linux-image-cloud-amd64",
@@ -80,7 +50,6 @@ _METAPACKAGES = {
     ("ubuntu", "amd64"): "linux-image-virtual",
     ("ubuntu", "arm64"): "linux-image-virtual",
 }
-_CONSOLES = {"x86_64": "ttyS0", "aarch64": "ttyAMA0"}
 _AGENT_PROGRAM = "sbin/qemu-ga"
 # Where packages keep shared libraries, "usr/" removed: multiarch directories and the loader's own.
 _LIBRARY = re.compile(r"lib(64)?/([^/]+/)?[^/]+\.so(\.[0-9.]+)?")
@@ -114,8 +83,8 @@ class Plan:
 
 def recipe() -> str:
     """The fingerprint of everything in labkit that decides how a pocket guest is made."""
-    files = sorted(_FILES.glob("pocket-*"))
-    return fingerprint([*(_HERE / name for name in _SOURCES), AGENT_SOURCE, *files])
+    files = sorted(data.FILES.glob("pocket-*"))
+    return fingerprint([*(_HERE / name for name in _SOURCES), AGENT_SOURCE, SCREEN_SOURCE, *files])
 
 
 def plan() -> Plan:
@@ -153,10 +122,15 @@ def build(directory: Path, plan: Plan, progress: Progress) -> Image:
     (directory / "kernel").write_bytes(direct_boot_kernel(kernel[f"boot/vmlinuz-{release}"].data, plan.arch))
     progress.step("packing the initramfs")
     archive = Archive()
-    _add_system(archive, _CONSOLES[plan.arch])
-    _add_busybox(archive, apt.read_package(debs["busybox-static"], lambda path: path == "bin/busybox"))
-    _add_modules(archive, kernel, release)
+    _add_system(archive, CONSOLES[plan.arch])
+    add_busybox(archive, debs[plan.busybox.name])
+    base = f"lib/modules/{release}/"
+    files = {path.removeprefix(base): entry.data for path, entry in kernel.items() if path.startswith(base)}
+    names = (*EARLY_MODULES, *_EARLY_DRIVERS, *LATE_MODULES, *data.words("pocket-modules"))
+    add_modules(archive, release, files, names)
     archive.file("sbin/labkit-agent", build_agent(), 0o755)
+    if plan.arch == "x86_64":
+        archive.file("sbin/labkit-screen", build_program(SCREEN_SOURCE), 0o755)
     _add_guest_agent(archive, plan, debs)
     (directory / "initrd").write_bytes(archive.to_bytes())
     return Image(
@@ -166,29 +140,11 @@ def build(directory: Path, plan: Plan, progress: Progress) -> Image:
         kernel=directory / "kernel",
         initrd=directory / "initrd",
         cmdline=command_line(plan.arch),
-        console=_CONSOLES[plan.arch],
+        console=CONSOLES[plan.arch],
         memory=128 * MiB,
         disk_size=0,
         up=60.0,
     )
-
-
-def command_line(arch: str) -> str:
-    """The kernel's parameters: a console on the serial port, memory onlined when it is added, a quick boot."""
-    words = [
-        f"console={_CONSOLES[arch]}",
-        "quiet",
-        "panic=0",  # stay where the kernel died, so that the host sees a crash rather than a reboot
-        "memhp_default_state=online",
-        # Both measured under TCG, CPU time to the first answer: 2.09 s, 1.70 s without the ciphers' self-tests,
-        # 1.64 s when locks are not patched out on one CPU either. What else is recommended for quick boots
-        # (tsc=reliable, no_timer_check, mitigations=off, i8042.*, rcu_expedited) changed nothing.
-        "cryptomgr.notests",
-        "noreplace-smp",
-        # Room to plug memory in makes the kernel set 64 MiB aside for bounce buffers; 2048 slabs are 4 MiB.
-        "swiotlb=2048",
-    ]
-    return " ".join(words)
 
 
 def _kernel_packages(metapackage: str) -> list[str]:
@@ -206,7 +162,7 @@ def _kernel_packages(metapackage: str) -> list[str]:
 
 
 def _library_packages(package: str) -> list[str]:
-    """The packages that may hold libraries that a program needs: what it depends on, and what those depend on."""
+    """Packages that may hold libraries that a program needs: what it depends on, and what those do."""
     graph = apt.dependencies(package, recurse=True)
     names: dict[str, None] = {}
     level = [package]
@@ -255,7 +211,7 @@ def _add_system(archive: Archive, console: str) -> None:
     archive.symlink("var/run", "/run")
     archive.symlink("etc/mtab", "/proc/self/mounts")
     for path, name, mode in _SYSTEM_FILES:
-        archive.file(path, (_FILES / name).read_text().replace("@CONSOLE@", console), mode)
+        archive.file(path, data.text(name).replace("@CONSOLE@", console), mode)
     for path, text in _SMALL_FILES.items():
         archive.file(path, text)
     archive.file(
@@ -286,38 +242,6 @@ _SMALL_FILES = {
 }
 
 
-def _add_busybox(archive: Archive, package: Mapping[str, apt.Entry]) -> None:
-    program = package["bin/busybox"].data
-    archive.file("bin/busybox", program, 0o755)
-    for path in _applets(program):
-        if path not in archive:
-            archive.symlink(path, "/bin/busybox")
-
-
-def _applets(program: bytes) -> list[str]:
-    """Where busybox wants its applets' links, as `busybox --list-full` says it."""
-    with tempfile.TemporaryDirectory(prefix="labkit-busybox-") as directory:
-        path = Path(directory) / "busybox"
-        path.write_bytes(program)
-        path.chmod(0o755)
-        return run_tool([path, "--list-full"], what="ask busybox for its applets").split()
-
-
-def _add_modules(archive: Archive, kernel: Mapping[str, apt.Entry], release: str) -> None:
-    base = f"lib/modules/{release}/"
-    tree = ModuleTree(
-        {path.removeprefix(base): entry.data for path, entry in kernel.items() if path.startswith(base)}
-    )
-    modules = tree.load_order([*EARLY_MODULES, *_EARLY_DRIVERS, *LATE_MODULES, *ON_DEMAND_MODULES])
-    for module in modules:
-        archive.file(base + module.path, module.data)
-    archive.file(base + "modules.dep", modules_dep(modules))
-    archive.file(base + "modules.alias", modules_alias(modules))
-    for name in ("modules.builtin", "modules.order"):
-        if entry := kernel.get(base + name):
-            archive.file(base + name, entry.data)
-
-
 def _add_guest_agent(archive: Archive, plan: Plan, debs: Mapping[str, Path]) -> None:
     program = apt.read_package(debs[plan.agent.name], lambda path: path == _AGENT_PROGRAM)[
         _AGENT_PROGRAM
@@ -326,8 +250,8 @@ def _add_guest_agent(archive: Archive, plan: Plan, debs: Mapping[str, Path]) -> 
         (debs[package.name] for package in plan.libraries), lambda path: bool(_LIBRARY.fullmatch(path))
     )
     archive.file("usr/sbin/qemu-ga", program, 0o755)
-    for path, data in libraries(program, available).items():
-        archive.file(path, data, 0o755)
+    for path, library in libraries(program, available).items():
+        archive.file(path, library, 0o755)
 
 
 def libraries(program: bytes, available: Mapping[str, apt.Entry]) -> dict[str, bytes]:

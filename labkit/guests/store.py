@@ -79,7 +79,7 @@ class Store:
 
     @contextmanager
     def locked(self, waiting: Progress | None = None) -> Iterator[None]:
-        """Hold the right to build; waits while another process has it. The kernel drops the lock of a dead one."""
+        """Hold the right to build; waits while another process has it. A dead one's lock is gone with it."""
         self.directory.mkdir(parents=True, exist_ok=True)
         with (self.directory / ".lock").open("w") as lock:
             try:
@@ -94,7 +94,7 @@ class Store:
     def publish(self, recipe: str, inputs: Mapping[str, str], build: Callable[[Path], Image]) -> Image:
         """Let `build` fill a fresh directory, then make that the current build in one step.
 
-        The image that `build` returns names files in the directory that it was given. Call it with the lock held.
+        The image that `build` returns names files in the directory that it was given. Hold the lock for this.
         """
         key = hashlib.sha256(json.dumps([recipe, dict(inputs)], sort_keys=True).encode()).hexdigest()[:16]
         building = Path(tempfile.mkdtemp(prefix=".building-", dir=self.directory))

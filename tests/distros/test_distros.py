@@ -84,14 +84,17 @@ def _base(suite: str) -> Path:
         "mmdebstrap",
         "--variant=minbase",
         f"--components={components}",
-        "--include=sudo,ca-certificates",
+        "--include=apt,sudo,ca-certificates",
         suite,
         str(fresh),
         mirror,
     ]
-    if mirror == UBUNTU:
-        command[1:1] = ["--keyring", str(_ubuntu_keyring(folder))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    # Not below the user's home, which apt's own user may not enter.
+    with tempfile.TemporaryDirectory(prefix="labkit-keys-", dir="/var/tmp") as keys:
+        Path(keys).chmod(0o755)
+        if mirror == UBUNTU:
+            command[1:1] = ["--keyring", str(_ubuntu_keyring(Path(keys)))]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{shlex.join(command)}\n{done.stderr[:1000]}\n…\n{done.stderr[-2000:]}"
     fresh.replace(archive)
     return archive

@@ -48,7 +48,8 @@ def parse_size(value: object) -> int:
     match = _SIZE.fullmatch(value) if isinstance(value, str) else None
     if not match:
         raise SpecError(f"{_brief(value)} is not a size.", mend=mend)
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    number, unit = match[1], _UNITS[match[2].upper()]
+    return int(number) * unit if number.isdigit() else int(float(number) * unit)
 
 
 def format_size(size: int) -> str:

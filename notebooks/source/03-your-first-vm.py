@@ -318,10 +318,12 @@ print(host.run(["qemu-img", "info", "-U", disk_file]).stdout)
 # %% [markdown]
 # ## Its screen and its console
 #
-# A machine has a screen even when nobody looks at it. `screenshot()` takes a picture of what it shows at this
-# moment:
+# A machine has a screen even when nobody looks at it. Here the guest writes a line on its own first text
+# screen, `/dev/tty1`, and `screenshot()` takes a picture of what is to be seen. (The second of sleep is for
+# the screen, which is redrawn only now and then.)
 
 # %% tags=["nbval-ignore-output"]
+vm.run("echo 'Hello from the inside.' > /dev/tty1; sleep 1")
 vm.screenshot()
 
 # %% [markdown]

@@ -12,24 +12,20 @@ import pytest
 pytestmark = [pytest.mark.qemu, pytest.mark.timeout(1800)]
 
 
-def test_three_times_from_the_top_in_one_session(notebook: Path, open_session: Callable[[Path], Any]) -> None:
-    with open_session(notebook) as session:
-        half = session.cells[: len(session.cells) // 2]
-        session.run(*half)  # and then a change of mind, with the lab still there
-        session.run(*(index for index in session.cells for _twice in range(2)))
-        session.run(*session.cells)
-
-
-def test_going_back_and_forth(
+def test_three_times_from_the_top_and_then_back_and_forth(
     notebook: Path, open_session: Callable[[Path], Any], repeats: Callable[[int, int], int]
 ) -> None:
     with open_session(notebook) as session:
         closing = [index for index in session.cells if ".close()" in session.source(index)]
-        cells = [index for index in session.cells if not closing or index < closing[0]]
-        session.run(*cells)
+        before_closing = [index for index in session.cells if not closing or index < closing[0]]
+        # Half of it, and then a change of mind, with the lab still there.
+        session.run(*session.cells[: len(session.cells) // 2])
+        # Everything, each cell twice; a lab that was closed is opened anew by what follows.
+        session.run(*(index for index in session.cells for _twice in range(2)))
+        session.run(*before_closing)
         chance = random.Random(notebook.stem)  # the same order in every run
         for _round in range(repeats(1, 5)):
-            session.run(*chance.sample(cells, len(cells)))
+            session.run(*chance.sample(before_closing, len(before_closing)))
 
 
 def test_after_a_killed_kernel(notebook: Path, open_session: Callable[[Path], Any]) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import os
 import stat
+from collections.abc import Callable
 from pathlib import Path
 
 import platformdirs
@@ -43,14 +44,14 @@ def cache_dir() -> Path:
     elif base:
         path = base / "cache"
     else:
-        path = _of_user(platformdirs.user_cache_path("labkit"))
+        path = _of_user(platformdirs.user_cache_path)
     return _made(path)
 
 
 def state_dir() -> Path:
     """Disks, saved states and the ledger; made if it is not there, mode 0700."""
     base = home()
-    return _private(base / "state" if base else _of_user(platformdirs.user_state_path("labkit")))
+    return _private(base / "state" if base else _of_user(platformdirs.user_state_path))
 
 
 def runtime_dir() -> Path:
@@ -67,10 +68,14 @@ def runtime_dir() -> Path:
     return _private(Path("/tmp") / f"labkit-{os.getuid()}-{key}")
 
 
-def _of_user(path: Path) -> Path:
-    if not path.is_absolute():  # "~" stands as it is where HOME is unset and the user has no entry
-        raise HostError("You have no home directory on this computer.", mend="Set HOME, or LABKIT_HOME.")
-    return path
+def _of_user(place: Callable[[str], Path]) -> Path:
+    try:
+        path = place("labkit")
+        if path.is_absolute():
+            return path
+    except RuntimeError:  # HOME is unset and the user has no entry; older platformdirs leave "~" as it is
+        pass
+    raise HostError("You have no home directory on this computer.", mend="Set HOME, or LABKIT_HOME.")
 
 
 def _made(path: Path) -> Path:

@@ -30,10 +30,13 @@ class _Plan(Protocol):
 
 
 class _Recipe(Protocol):
-    """How an image comes about; the modules `pocket` and `debian` are such."""
+    """How an image comes about; the modules `pocket` and `debian` are such, and the catalogue's entries."""
 
-    NAME: str
-    WHAT: str
+    @property
+    def NAME(self) -> str: ...  # noqa: N802  # a module's constant
+
+    @property
+    def WHAT(self) -> str: ...  # noqa: N802
 
     def recipe(self) -> str: ...
 
@@ -74,9 +77,7 @@ def get(name: str, *, refresh: bool = False) -> Image:
         HostError: this computer lacks something that making it takes.
         ToolError, DownloadError: making or fetching it failed.
     """
-    recipe = _recipes().get(name)
-    if recipe is None:
-        raise _unknown(name)
+    recipe = _recipe(name)
     store = Store(name)
     wanted = recipe.recipe()
     record = store.current()
@@ -86,7 +87,7 @@ def get(name: str, *, refresh: bool = False) -> Image:
         before, record = record, store.current()  # another process may have made it while we waited
         if record and record.recipe == wanted and (not refresh or _is_newer(record, before)):
             return record.image
-        shown.step("looking for the packages")
+        shown.step("looking for what it is made from")
         plan = recipe.plan()
         if record and record.recipe == wanted and dict(record.inputs) == dict(plan.inputs):
             return record.image
@@ -95,12 +96,12 @@ def get(name: str, *, refresh: bool = False) -> Image:
 
 def names() -> list[str]:
     """The names of all images that `get` knows, those that labkit builds first."""
-    return list(_recipes())
+    return [recipe.NAME for recipe in _recipes()]
 
 
 def describe() -> list[Entry]:
     """The catalogue, in the order of `names()`; asks nobody and builds nothing."""
-    return [_entry(recipe) for recipe in _recipes().values()]
+    return [_entry(recipe) for recipe in _recipes()]
 
 
 def _entry(recipe: _Recipe) -> Entry:
@@ -110,8 +111,28 @@ def _entry(recipe: _Recipe) -> Entry:
     return Entry(recipe.NAME, recipe.WHAT, record is not None, store.size(), version)
 
 
-def _recipes() -> dict[str, _Recipe]:
-    return {recipe.NAME: recipe for recipe in (pocket, debian)}
+#: The guests that are built here; what is downloaded is in the catalogue.
+_BUILT: tuple[_Recipe, ...] = (pocket, debian)
+
+
+def _recipe(name: str) -> _Recipe:
+    for recipe in _BUILT:  # first, as the catalogue takes longer to read than to look up what is built
+        if name == recipe.NAME:
+            return recipe
+    found = _catalogue().get(name)
+    if found is None:
+        raise _unknown(name)
+    return found
+
+
+def _recipes() -> list[_Recipe]:
+    return [*_BUILT, *_catalogue().values()]
+
+
+def _catalogue() -> Mapping[str, _Recipe]:
+    from labkit.guests import cloud  # only now: it brings the YAML reader
+
+    return cloud.catalogue()
 
 
 def _is_newer(record: Record, before: Record | None) -> bool:

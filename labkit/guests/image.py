@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-#: How commands reach a guest of this image: our own channel, or the QEMU guest agent.
-ChannelKind = Literal["labkit", "agent"]
+#: How commands reach a guest: our own channel, the QEMU guest agent, or not at all (console only).
+ChannelKind = Literal["labkit", "agent", "none"]
 
 
 @dataclass(frozen=True, kw_only=True)

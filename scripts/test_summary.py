@@ -23,7 +23,10 @@ def main() -> int:
     if not_run:
         print("Not run on this machine:")
         for (need, reason), count in sorted(not_run.items()):
-            print(f"  {count} {'test needs' if count == 1 else 'tests need'} {need}: {reason}")
+            verb = "needs" if count == 1 else "need"
+            print(
+                f"  {count} {'test' if count == 1 else 'tests'}{f' {verb} {need}' if need else ''}: {reason}"
+            )
     for session in sessions:
         for problem in session["problems"]:
             print(f"In {session['part']}: {problem}")

@@ -234,12 +234,18 @@ def _not_run(reporter: Any) -> list[tuple[str, str, int]]:
     for report in reporter.stats.get("skipped", []):
         text = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
         text = text.removeprefix("Skipped: ")
-        if text.startswith("needs "):
-            need, _, reason = text.removeprefix("needs ").partition(": ")
+        need, found, reason = text.removeprefix("needs ").partition(": ")
+        if text.startswith("needs ") and found:
             counts[need, reason] += 1
         else:
-            counts["something else", text] += 1
+            counts["", text] += 1
     return [(need, reason, count) for (need, reason), count in sorted(counts.items())]
+
+
+def _sentence(need: str, reason: str, count: int) -> str:
+    if not need:
+        return f"{count} {'test' if count == 1 else 'tests'}: {reason}"
+    return f"{count} {'test needs' if count == 1 else 'tests need'} {need}: {reason}"
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -249,7 +255,7 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
     if not_run:
         terminalreporter.section("not run on this machine")
         for need, reason, count in not_run:
-            terminalreporter.line(f"{count} {'test needs' if count == 1 else 'tests need'} {need}: {reason}")
+            terminalreporter.line(_sentence(need, reason, count))
     if PROBLEMS:
         terminalreporter.section("left behind")
         for problem in PROBLEMS:

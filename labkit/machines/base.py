@@ -65,14 +65,19 @@ class BaseMachine(ABC):
         on_output: OnOutput | None = None,
     ) -> Completed:
         """Run a command to its end; see `Machine.run` for the arguments and what it raises."""
-        argv = _checked(as_argv(command))
-        if timeout is not None and timeout <= 0:
-            raise SpecError(f"A timeout of {timeout} s leaves no time to run.", mend="Give seconds, or None.")
+        argv = _argv(command)
+        _check_timeout(timeout)
+        _check_env(env or {})
         with contextlib.ExitStack() as stack:
             if isinstance(input, Path):
                 source: bytes | BinaryIO | None = stack.enter_context(input.open("rb"))
-            else:
+            elif input is None or isinstance(input, str | bytes | bytearray):
                 source = input.encode() if isinstance(input, str) else input
+            else:
+                raise SpecError(
+                    f"The input of a command cannot be a {type(input).__name__}.",
+                    mend="Give text, bytes, or the pathlib.Path of a file.",
+                )
             done = self._execute(
                 argv,
                 input=source,
@@ -200,6 +205,33 @@ class _Hashing:
     @property
     def sha256(self) -> str:
         return self._digest.hexdigest()
+
+
+def _argv(command: Command) -> tuple[str, ...]:
+    if isinstance(command, str):
+        return _checked(as_argv(command if command.strip() else ()))
+    if not isinstance(command, list | tuple):
+        raise SpecError(
+            f"A command cannot be a {type(command).__name__}.",
+            mend='Give text for the shell, or a list of words: ["ls", "-l"].',
+        )
+    return _checked(as_argv(command))
+
+
+def _check_timeout(timeout: object) -> None:
+    number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
+    if timeout is not None and not (number and timeout > 0):  # type: ignore[operator]  # it is a number
+        raise SpecError(f"{timeout!r} is no time to run for.", mend="Give seconds, or None to wait for ever.")
+
+
+def _check_env(env: Mapping[str, str]) -> None:
+    for name, value in env.items():
+        texts = all(isinstance(text, str) for text in (name, value))
+        if not texts or not name or "=" in name or "\0" in name + value:
+            raise SpecError(
+                f"{name!r}: {value!r} cannot be a variable of the environment.",
+                mend="Names and values are text; a name has no equals sign.",
+            )
 
 
 def _checked(argv: tuple[str, ...]) -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""What this computer says of itself; imports nothing of labkit but errors."""

@@ -28,6 +28,7 @@ from labkit.errors import (
     NotRunning,
     SpecError,
 )
+from labkit.guests import cloud
 from labkit.guests.image import Image
 from labkit.hypervisors import accelerator, libvirt
 from labkit.hypervisors.hypervisor import PORTS, Hypervisor, Plan, SnapshotInfo, State
@@ -437,7 +438,7 @@ class VM(BaseMachine):
         if image.cloud_init and not files.exists(_SEED):
             with tempfile.TemporaryDirectory(prefix="labkit-") as directory:
                 seed = Path(directory) / _SEED
-                guests.seed_iso(seed, hostname=self.name, instance_id=self.uuid)
+                cloud.seed_iso(seed, hostname=self.name, instance_id=self.uuid)
                 files.keep(_SEED, seed)
         self._define()
 

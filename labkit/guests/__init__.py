@@ -4,13 +4,13 @@
     debian    a full Debian with systemd on a disk of its own (debian.py)
     others    cloud images from the catalogue (cloud.py)
 
-`get("pocket")` gives an `Image`; `names()` and `describe()` list what there is.
+`get("pocket")` gives an `Image`; `names()` and `describe()` list what there is; `prune()` makes room.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,10 +18,10 @@ from typing import Any, Protocol
 from labkit.errors import NotFound
 from labkit.guests import debian, pocket
 from labkit.guests.image import Image
-from labkit.guests.store import Record, Store
+from labkit.guests.store import Store
 from labkit.progress import Progress, progress
 
-__all__ = ["Entry", "Image", "describe", "get", "names"]
+__all__ = ["Entry", "Image", "describe", "get", "names", "prune"]
 
 
 class _Plan(Protocol):
@@ -80,18 +80,33 @@ def get(name: str, *, refresh: bool = False) -> Image:
     recipe = _recipe(name)
     store = Store(name)
     wanted = recipe.recipe()
-    record = store.current()
-    if record and record.recipe == wanted and not refresh:
+    record = store.current(wanted)
+    if record and not refresh:
         return record.image
     with progress(f"Making the {name} guest") as shown, store.locked(shown):
-        before, record = record, store.current()  # another process may have made it while we waited
-        if record and record.recipe == wanted and (not refresh or _is_newer(record, before)):
+        before, record = record, store.current(wanted)  # another process may have made it while we waited
+        if record and (not refresh or record != before):
             return record.image
         shown.step("looking for what it is made from")
         plan = recipe.plan()
-        if record and record.recipe == wanted and dict(record.inputs) == dict(plan.inputs):
+        if record and dict(record.inputs) == dict(plan.inputs):
             return record.image
         return store.publish(wanted, plan.inputs, lambda directory: recipe.build(directory, plan, shown))
+
+
+def prune(in_use: Collection[Path] = ()) -> int:
+    """Remove what was built or fetched earlier and is current no more; returns the bytes that came free.
+
+    Arguments:
+        in_use: images' files that machines refer to (kernels, initial RAM disks, backing files); they stay.
+    """
+    freed = 0
+    for recipe in _recipes():
+        store = Store(recipe.NAME)
+        if store.directory.exists():
+            with store.locked():
+                freed += store.prune(recipe.recipe(), in_use)
+    return freed
 
 
 def names() -> list[str]:
@@ -105,10 +120,10 @@ def describe() -> list[Entry]:
 
 
 def _entry(recipe: _Recipe) -> Entry:
-    store = Store(recipe.NAME)
-    record = store.current()
+    store, wanted = Store(recipe.NAME), recipe.recipe()
+    record = store.current(wanted)
     version = record.image.version if record else ""
-    return Entry(recipe.NAME, recipe.WHAT, record is not None, store.size(), version)
+    return Entry(recipe.NAME, recipe.WHAT, record is not None, store.size(wanted), version)
 
 
 #: The guests that are built here; what is downloaded is in the catalogue.
@@ -133,10 +148,6 @@ def _catalogue() -> Mapping[str, _Recipe]:
     from labkit.guests import cloud  # only now: it brings the YAML reader
 
     return cloud.catalogue()
-
-
-def _is_newer(record: Record, before: Record | None) -> bool:
-    return before is None or record.image != before.image
 
 
 def _unknown(name: str) -> NotFound:

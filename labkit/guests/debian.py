@@ -47,6 +47,7 @@ _SOURCES = (
     *("debian.py", "agent_build.py", "apt.py", "cpio.py", "data.py", "elf.py", "gpt.py", "image.py"),
     *("initramfs.py", "kernel.py", "modules.py", "process.py"),
 )
+_CODE = fingerprint(_HERE / name for name in _SOURCES)  # as pocket's
 #: What is run or read while the guest is made, beside what goes into it as it is.
 _INPUTS = ("debian-packages", "debian-setup", "debian-initrd-init")
 
@@ -87,8 +88,8 @@ class Plan:
 
 def recipe() -> str:
     """The fingerprint of everything in labkit that decides how a debian guest is made."""
-    files = [_HERE / name for name in _SOURCES] + [data.FILES / name for name in _INPUTS] + _root_files()
-    return fingerprint([AGENT_SOURCE, *files])
+    files = [data.FILES / name for name in _INPUTS] + _root_files()
+    return fingerprint([AGENT_SOURCE, *files], _CODE)
 
 
 def plan() -> Plan:

@@ -197,7 +197,7 @@ def _fetch_rest(client: httpx.Client, url: str, part: Path, progress: Progress) 
         progress.step("downloading", total=have + int(length) if length else None)
         progress.update(have)
         with part.open("ab" if resumed else "wb") as out:
-            for piece in answer.iter_raw(_PIECE):
+            for piece in answer.iter_raw():  # as it comes: what is gathered first is lost with the connection
                 out.write(piece)
                 progress.update(len(piece))
 

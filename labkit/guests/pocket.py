@@ -36,13 +36,15 @@ _SOURCES = (
     *("pocket.py", "agent_build.py", "apt.py", "cpio.py", "data.py", "elf.py", "image.py", "initramfs.py"),
     *("kernel.py", "modules.py", "process.py"),
 )
+# Taken when they are loaded: a process that goes on while labkit is upgraded builds by what it has in memory.
+_CODE = fingerprint(_HERE / name for name in _SOURCES)
 
 #: Loaded before the guest answers, beside the drivers of the virtio devices that are there. pvpanic_mmio
 #: drives its ISA form too; the PCI form waits, as switching on a PCI device costs 0.1 s under TCG.
 EARLY_MODULES = ("virtio_pci", "virtio_console", "pvpanic_mmio")
 _EARLY_DRIVERS = ("virtio_net", "virtio_blk", "virtio_scsi", "sd_mod")
 #: Loaded right after it.
-LATE_MODULES = ("pvpanic_pci", "virtio_rng", "virtio_balloon", "button", "evdev", "gpio_keys")
+LATE_MODULES = ("pvpanic_pci", "virtio_rng", "virtio_balloon", "button", "evdev", "gpio_keys", "loop")
 
 _METAPACKAGES = {
     ("debian", "amd64"): "linux-image-cloud-amd64",
@@ -84,7 +86,7 @@ class Plan:
 def recipe() -> str:
     """The fingerprint of everything in labkit that decides how a pocket guest is made."""
     files = sorted(data.FILES.glob("pocket-*"))
-    return fingerprint([*(_HERE / name for name in _SOURCES), AGENT_SOURCE, SCREEN_SOURCE, *files])
+    return fingerprint([AGENT_SOURCE, SCREEN_SOURCE, *files], _CODE)
 
 
 def plan() -> Plan:
@@ -235,6 +237,8 @@ _SYSTEM_FILES = (
 _SMALL_FILES = {
     "etc/passwd": "root:x:0:0:root:/root:/bin/sh\nnobody:x:65534:65534:nobody:/nonexistent:/bin/false\n",
     "etc/group": "root:x:0:\ntty:x:5:\nnogroup:x:65534:\n",
+    # What mount tries where no type is given; the kernel loads their modules when it is asked for them.
+    "etc/filesystems": "ext4\nvfat\niso9660\nsquashfs\n",
     "etc/nsswitch.conf": "hosts: files dns\n",
     "etc/os-release": 'NAME="labkit pocket"\nID=labkit-pocket\nPRETTY_NAME="labkit pocket guest"\n',
     "etc/labkit/early-modules": "\n".join(EARLY_MODULES) + "\n",

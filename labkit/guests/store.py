@@ -1,12 +1,13 @@
 """Where built guests are kept, so that a half-made one is never seen and two builders do not meet.
 
     cache/guests/pocket/
-      .lock                held while one process builds
-      current.json         which build is current: the only thing that a look-up reads
-      0f3a…/vmlinux, …     one build, complete, never changed afterwards
-      .building-…/         one in the making; whoever holds the lock next removes it
+      .lock                  held while one process builds
+      current-91bc….json     which build is current for one recipe: the only thing that a look-up reads
+      0f3a…/vmlinux, …       one build, complete, never changed afterwards
+      .building-…/           one in the making; whoever holds the lock next removes it
 
-Older builds stay: a VM that was made from one refers to its files for as long as it exists.
+The pointer is named by the recipe's fingerprint, so that two versions of labkit that share a cache do not
+take turns in rebuilding. Older builds stay until `prune`: a VM that was made from one refers to its files.
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import dataclasses
 import fcntl
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,21 +57,23 @@ class Store:
     def __init__(self, name: str) -> None:
         self.name = name
         self.directory = paths.cache_dir() / "guests" / name
-        self._pointer = self.directory / "current.json"
 
-    def current(self) -> Record | None:
-        """The current build, or None where there is none or its files are gone. Reads one small file."""
+    def current(self, recipe: str) -> Record | None:
+        """The current build by a recipe, or None where there is none or its files are gone.
+
+        Reads one small file.
+        """
         try:
-            data = json.loads(self._pointer.read_text())
+            data = json.loads(self._pointer(recipe).read_text())
             record = _from_json(data, self.directory)
         except (OSError, ValueError, KeyError, TypeError):
             return None  # no build, or one of another version of labkit: it will be made anew
         files = (getattr(record.image, field) for field in _PATHS)
         return record if all(path is None or path.exists() for path in files) else None
 
-    def size(self) -> int:
+    def size(self, recipe: str) -> int:
         """Bytes that the current build takes on disk (a sparse file counts for what it holds)."""
-        record = self.current()
+        record = self.current(recipe)
         if record is None:
             return 0
         files = (getattr(record.image, field) for field in _PATHS)
@@ -113,13 +115,39 @@ class Store:
         if final.exists():
             # The pointer was lost or its files damaged. A VM may use what is there, so leave it where it is.
             final = Path(tempfile.mkdtemp(prefix=f"{final.name}-", dir=self.directory))
-        os.replace(building, final)
+        building.replace(final)
         return final
 
     def _write_pointer(self, record: Record) -> None:
-        fresh = self._pointer.with_suffix(".new")
+        pointer = self._pointer(record.recipe)
+        fresh = pointer.with_suffix(".new")
         fresh.write_text(json.dumps(_to_json(record, self.directory), indent=1) + "\n")
-        os.replace(fresh, self._pointer)
+        fresh.replace(pointer)
+
+    def _pointer(self, recipe: str) -> Path:
+        return self.directory / f"current-{recipe[:16]}.json"
+
+    def prune(self, recipe: str, in_use: Collection[Path]) -> int:
+        """Remove the builds that are neither current nor in use; returns the bytes that came free.
+
+        Call it with the lock held.
+
+        Arguments:
+            recipe: the current one.
+            in_use: files that somebody refers to; what stands beside one of them stays.
+        """
+        record = self.current(recipe)
+        kept = {path.parent for path in in_use}
+        kept |= {path.parent for field in _PATHS if record and (path := getattr(record.image, field))}
+        freed = 0
+        for pointer in self.directory.glob("current-*.json"):
+            if pointer != self._pointer(recipe):
+                pointer.unlink()
+        for build in self.directory.iterdir():
+            if build.is_dir() and build not in kept:
+                freed += sum(path.stat().st_blocks * 512 for path in build.rglob("*"))
+                shutil.rmtree(build)
+        return freed
 
     def _remove_leftovers(self) -> None:
         for leftover in self.directory.glob(".building-*"):

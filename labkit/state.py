@@ -67,7 +67,12 @@ class Entry:
         """Write it down, durably; to be done before the thing is made."""
         with _storing(self.directory):
             self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-        write_json(self.directory / "entry.json", dataclasses.asdict(self))
+        try:
+            write_json(self.directory / "entry.json", dataclasses.asdict(self))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                self.directory.rmdir()  # empty where it is new
+            raise
         return self
 
     def forget(self) -> None:

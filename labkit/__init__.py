@@ -18,13 +18,11 @@ cli/                      the command `labkit`
 from __future__ import annotations
 
 import importlib
-import sys
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from labkit import errors
-    from labkit.doctor import doctor
+    from labkit.checkup import doctor
     from labkit.lab import Lab
     from labkit.machines.host import host
     from labkit.machines.machine import Completed, Machine, echo
@@ -55,7 +53,7 @@ _HOMES = {
     "Machine": "labkit.machines.machine",
     "VM": "labkit.machines.vm",
     "VMSpec": "labkit.specs",
-    "doctor": "labkit.doctor",
+    "doctor": "labkit.checkup",
     "echo": "labkit.machines.machine",
     "host": "labkit.machines.host",
 }
@@ -73,14 +71,3 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
-
-
-class _Face(ModuleType):
-    def __setattr__(self, name: str, value: object) -> None:
-        # Python binds the room labkit.doctor to this name when it is first imported, by whomever; it must
-        # not hide the function of the same name.
-        if not (name in _HOMES and isinstance(value, ModuleType)):
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Face

@@ -56,7 +56,7 @@ def doctor(
     refresh: Annotated[bool, typer.Option(help="Probe the accelerators anew.")] = False,
 ) -> None:
     """Say what this computer can do, and how to mend what it can't."""
-    from labkit.doctor import doctor as examine
+    from labkit.checkup import doctor as examine
 
     report = examine(refresh=refresh)
     print_json(report.as_dict()) if as_json else print(report)

@@ -384,8 +384,9 @@ static void exec_search(const struct launch *launch)
         end = strchrnul(dir, ':');
         if (snprintf(path, sizeof path, "%.*s%s%s", (int)(end - dir), dir, end > dir ? "/" : "", name) < PATH_MAX)
             exec_file(launch, path);
+        /* As shells do, a directory that may not be searched counts as one that does not have it. */
         if (errno == EACCES)
-            denied = true;
+            denied |= access(path, F_OK) == 0;
         else if (errno != ENOENT && errno != ENOTDIR)
             return;
         if (!*end)

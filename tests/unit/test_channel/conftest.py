@@ -152,13 +152,19 @@ class Port:
                     continue
                 try:
                     data = source.recv(65536)
-                    target.sendall(data)
                 except OSError:
                     data = b""
                 if not data and source is client:
                     return
                 if not data:
                     ended = guest
+                    continue
+                try:
+                    target.sendall(data)
+                except OSError:
+                    if target is client:
+                        return
+                    ended = guest  # what was on its way to a guest that ended is lost
 
     def stop(self) -> None:
         self._stopping = True

@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from labkit import paths, tools
-from labkit.doctor.programs import pip_install
-from labkit.doctor.report import Check
+from labkit.checkup.programs import pip_install
+from labkit.checkup.report import Check
 from labkit.hardware import host as hardware_host
 
 __all__ = [

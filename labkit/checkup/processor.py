@@ -7,8 +7,8 @@ import grp
 import os
 from pathlib import Path
 
-from labkit.doctor.programs import install_qemu, qemu_package
-from labkit.doctor.report import Check
+from labkit.checkup.programs import install_qemu, qemu_package
+from labkit.checkup.report import Check
 from labkit.errors import LabkitError
 from labkit.hardware import cpu as hardware_cpu
 from labkit.hardware import host as hardware_host

@@ -19,15 +19,13 @@ A check's status is one of
 
 from __future__ import annotations
 
-import sys
 import threading
 import time
-import types
 from functools import partial
 from typing import TYPE_CHECKING
 
-from labkit.doctor import processor, programs, system
-from labkit.doctor.report import Check, Report, Status
+from labkit.checkup import processor, programs, system
+from labkit.checkup.report import Check, Report, Status
 from labkit.errors import LabkitError
 from labkit.hypervisors import accelerator
 from labkit.hypervisors.accelerator import Tier, Verdict
@@ -157,13 +155,3 @@ def failed(id: str, exc: Exception) -> Check:
         meaning="This check could not be made, so what it looks at may not work.",
         mend=mend,
     )
-
-
-class _CallableModule(types.ModuleType):
-    """`import labkit.doctor` binds this module over the function of the same name; both can be called."""
-
-    def __call__(self, *, refresh: bool = False) -> Report:
-        return doctor(refresh=refresh)
-
-
-sys.modules[__name__].__class__ = _CallableModule

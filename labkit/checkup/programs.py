@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from labkit import tools
-from labkit.doctor.report import Check
+from labkit.checkup.report import Check
 from labkit.errors import LabkitError
 from labkit.hypervisors import accelerator
 

@@ -15,7 +15,7 @@ import psutil
 from labkit import guests, owners, reaper, state
 from labkit.errors import Conflict, LabkitError, NotFound, SpecError
 from labkit.hypervisors import daemon, libvirt
-from labkit.machines.vm import VM, new_entry
+from labkit.machines.vm import VM, new_entry, remove_sockets
 from labkit.specs import DiskSpec, VMSpec, check_name, format_size
 
 _log = logging.getLogger(__name__)
@@ -275,6 +275,8 @@ def remove(name: str, *, only_of: owners.Owner | None = None) -> None:
     Arguments:
         only_of: leave it alone if it belongs to another owner by now.
     """
+    if state.peek(name) is None:  # and no lock file is made for it
+        return
     with state.locked(name):
         record = state.peek(name)
         if record is None or (only_of and record.owner != only_of):
@@ -294,6 +296,7 @@ def _remove_strays(name: str | None = None) -> list[str]:
     for uuid, domain, lab in hypervisor.labelled():
         if uuid not in known and name in (None, lab):
             hypervisor.remove(uuid, lab)
+            remove_sockets(uuid)
             removed.append(domain)
     return removed
 

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import logging
 import os
+import shutil
 import socket
 import threading
 import time
@@ -171,6 +172,8 @@ class LibvirtHypervisor:
         if stray == plan.uuid:
             return False
         self.remove(stray, plan.lab)
+        if plan.sockets:
+            shutil.rmtree(plan.sockets.with_name(stray[:8]), ignore_errors=True)
         return True
 
     def labelled(self) -> list[tuple[str, str, str]]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import os
 import re
+import shutil
 import socket
 import tempfile
 import threading
@@ -423,7 +424,7 @@ class VM(BaseMachine):
 
     @property
     def _sockets(self) -> Path:
-        return paths.runtime_dir() / "vm" / self.uuid[:8]
+        return _sockets_of(self.uuid)
 
     def make(self) -> None:
         """Make its files and tell the hypervisor; done again, it completes what was begun."""
@@ -461,10 +462,7 @@ class VM(BaseMachine):
         self._disconnect()
         with _pools_lock:
             _pools.pop(self.uuid, None)
-        if self._sockets.exists():
-            for path in self._sockets.iterdir():
-                path.unlink()
-            self._sockets.rmdir()
+        remove_sockets(self.uuid)
         self._entry.forget()
 
     def _is_last(self) -> bool:
@@ -628,6 +626,15 @@ until [ "$(nproc)" = "$1" ]; do
     [ "$(nproc)" = "$1" ] || sleep 0.1
 done
 """
+
+
+def _sockets_of(uuid: str) -> Path:
+    return paths.runtime_dir() / "vm" / uuid[:8]
+
+
+def remove_sockets(uuid: str) -> None:
+    """Remove the directory of a machine's sockets; to be done after the machine is gone."""
+    shutil.rmtree(_sockets_of(uuid), ignore_errors=True)
 
 
 def new_entry(lab: str, spec: VMSpec, uri: str) -> Entry:

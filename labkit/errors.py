@@ -63,6 +63,10 @@ class LabkitError(Exception):
         self.evidence = evidence.strip()
         self.mend = mend.strip()
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows instead of a traceback: where a call went is no news to a learner."""
+        return [f"{type(self).__name__}: {self}"]
+
     def __str__(self) -> str:
         lines = [self.message]
         lines += [f"  | {line}" for line in self.evidence.splitlines()]

@@ -38,10 +38,32 @@ first_notebook() {
   done
 }
 
+# Kernels talk to the server by unix sockets: what a kernel prints could be read from a TCP port of loopback by
+# every user of this computer. The path of such a socket must be short (107 bytes, 50 of them its name).
+kernel_transport() {
+  local folder
+  folder=$("$python" -c 'from jupyter_core.paths import jupyter_runtime_dir; print(jupyter_runtime_dir())')
+  if ((${#folder} > 56)); then folder=/tmp/labkit-jupyter-$EUID; fi
+  mkdir -p -m 700 "$folder"
+  [[ -O $folder ]] || die "$folder is not a folder of yours." 'remove it, or set JUPYTER_RUNTIME_DIR.'
+  export JUPYTER_RUNTIME_DIR=$folder
+}
+
+# JupyterLab shows the stored output of notebooks that it does not trust without their styles. These are the
+# course's own, in the checkout whose code is about to run.
+trust_the_course() {
+  [[ -z $(find "$root/notebooks" -maxdepth 1 -name '*.ipynb' -newer "$venv/.trust-stamp" 2>&1 -print -quit) ]] || {
+    "$venv/bin/jupyter" trust "$root"/notebooks/*.ipynb >/dev/null 2>&1 || true
+    touch "$venv/.trust-stamp"
+  }
+}
+
 serve() { # serve PORT-OR-NOTHING
   local port='' page options=()
   choose_port "$1"
   page=/lab$(first_notebook)
+  kernel_transport
+  trust_the_course
   JUPYTER_TOKEN=$("$python" -c 'import secrets; print(secrets.token_hex(24))')
   export JUPYTER_TOKEN PATH="$venv/bin:$PATH"
   ((EUID != 0)) || options+=(--allow-root)
@@ -63,6 +85,6 @@ serve() { # serve PORT-OR-NOTHING
   cd "$root"
   exec 9>&-
   exec "$venv/bin/jupyter" lab --ServerApp.ip=127.0.0.1 --ServerApp.port="$port" --ServerApp.port_retries=0 \
-    --ServerApp.root_dir="$root" --LabApp.default_url="$page" --Application.log_level=WARN \
+    --ServerApp.root_dir="$root" --KernelManager.transport=ipc --LabApp.default_url="$page" --Application.log_level=WARN \
     --LabApp.check_for_updates_class=jupyterlab.handlers.announcements.NeverCheckForUpdate "${options[@]}"
 }

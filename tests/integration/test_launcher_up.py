@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -154,3 +155,25 @@ def test_a_taken_port_that_was_asked_for_is_refused(repository: Path, environmen
         )
     assert done.returncode == 1
     assert f"Port {port} of 127.0.0.1 is taken" in done.stderr
+
+
+def test_what_a_kernel_prints_goes_through_sockets_of_ours(server: Server) -> None:
+    """From a port of loopback every user of this computer could read it."""
+    authorized = {"Authorization": f"token {server.token}"}
+    address = f"http://127.0.0.1:{server.port}/api/kernels"
+    kernel = httpx.post(address, headers=authorized, timeout=60).json()["id"]
+    try:
+        (process,) = [
+            each
+            for each in psutil.process_iter(["cmdline"])
+            if any(kernel in word for word in each.info["cmdline"] or [])
+        ]
+        connection = Path(next(word for word in process.cmdline() if kernel in word))
+        assert json.loads(connection.read_text())["transport"] == "ipc"
+        assert oct(connection.parent.stat().st_mode & 0o777) == oct(0o700)
+        deadline = time.monotonic() + 30
+        while len(list(connection.parent.glob(f"kernel-{kernel}-ipc-*"))) < 5:  # one for each channel
+            assert time.monotonic() < deadline, "its sockets did not come"
+            time.sleep(0.05)
+    finally:
+        httpx.delete(f"{address}/{kernel}", headers=authorized, timeout=30)

@@ -206,9 +206,12 @@ class Lab:
             + "</tr>"
             for vm in self
         )
+        heads = "".join(
+            f'<th style="text-align:left">{head}</th>' for head in ("machine", "state", "made of")
+        )
         return (
             f"<table><caption>Lab <b>{html.escape(self.name)}</b></caption>"
-            f"<thead><tr><th>machine</th><th>state</th><th>made of</th></tr></thead>"
+            f"<thead><tr>{heads}</tr></thead>"
             f"<tbody>{rows}</tbody></table>"
         )
 

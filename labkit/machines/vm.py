@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, Self
 
+import psutil
+
 from labkit import guests, paths, state
 from labkit.channel.pool import Pool
 from labkit.channel.qga import AgentChannel
@@ -121,6 +123,15 @@ class VM(BaseMachine):
         """What runs its instructions: "kvm", or "tcg" where they are emulated."""
         return "kvm" if 'type="kvm"' in self.xml().partition(">")[0].replace("'", '"') else "tcg"
 
+    @property
+    def pid(self) -> int | None:
+        """The process on this host that is the machine (QEMU); None where it is off or on another host."""
+        for process in psutil.process_iter(["cmdline"]):
+            words = process.info["cmdline"] or []
+            if self.uuid in words and "-uuid" in words:
+                return int(process.pid)
+        return None
+
     def xml(self) -> str:
         """The hypervisor's own description of it (libvirt's domain XML)."""
         return self._hypervisor.xml(self.uuid)
@@ -222,8 +233,8 @@ class VM(BaseMachine):
 
     @property
     def console_log(self) -> str:
-        """All that its serial console printed since it was switched on last."""
-        return self._files.read(_CONSOLE_LOG).decode(errors="replace")
+        """What its serial console printed since it was switched on last, without terminal controls."""
+        return _CONTROL.sub("", self._files.read(_CONSOLE_LOG).decode(errors="replace"))
 
     def open_console(self) -> socket.socket:
         """A stream to its serial console; whoever had one before loses it.
@@ -345,22 +356,26 @@ class VM(BaseMachine):
         return list(self._hypervisor.snapshots(self.uuid))
 
     def clone(self, name: str) -> VM:
-        """Make a machine of its own from this one's disks as they are now; it is made switched off.
+        """Make a machine of its own from this one's disks as they are now, or return the one that is there.
 
-        A running machine is paused while its disks are copied. The clone has its own identity (UUID
-        and host name) and shares nothing with this machine.
+        It is made switched off. A running machine is paused while its disks are copied. The clone has its
+        own identity (UUID and host name) and shares nothing with this machine.
 
         Raises:
-            Conflict: the lab has a machine of that name.
+            Conflict: the lab has a machine of that name that is no clone of this one.
         """
         check_name(name)
         self._check_there()
         spec = load_vm({**self.spec.model_dump(), "name": name})
         with state.locked(self.lab):
-            if state.lab(self.lab).find("vm", name):
-                raise Conflict(f"The lab {self.lab} has a machine named {name} already.")
-            entry = new_entry(self.lab, spec, self._entry.uri).save()
-            clone = VM(entry)
+            if there := state.lab(self.lab).find("vm", name):
+                if there.data.get("cloned_from") == self.uuid:
+                    return VM(there)
+                raise Conflict(
+                    f"The lab {self.lab} has a machine named {name} already, no clone of {self.name}.",
+                    mend="Give the clone another name.",
+                )
+            clone = VM(new_entry(self.lab, spec, self._entry.uri, cloned_from=self.uuid).save())
             try:
                 with self._still():
                     ours, theirs = self._files, clone._files
@@ -556,11 +571,11 @@ class VM(BaseMachine):
             raise NotRunning(f"{self.name} is paused.", mend="Let it go on: .resume()")
 
     def _console_tail(self, lines: int = 8) -> str:
-        return "\n".join(_CONTROL.sub("", self.console_log).rstrip().splitlines()[-lines:])
+        return "\n".join(self.console_log.rstrip().splitlines()[-lines:])
 
     def _last_words(self, lines: int = 12) -> str:
         """What the kernel said when it panicked; the reason comes first, then a long dump."""
-        said = _CONTROL.sub("", self.console_log).rstrip().splitlines()
+        said = self.console_log.rstrip().splitlines()
         at = [number for number, line in enumerate(said) if "Kernel panic" in line]
         return "\n".join(said[max(0, at[-1] - 2) :][:lines] if at else said[-lines:])
 
@@ -637,8 +652,11 @@ def remove_sockets(uuid: str) -> None:
     shutil.rmtree(_sockets_of(uuid), ignore_errors=True)
 
 
-def new_entry(lab: str, spec: VMSpec, uri: str) -> Entry:
-    """The ledger's entry of a machine that is to be made."""
+def new_entry(lab: str, spec: VMSpec, uri: str, *, cloned_from: str | None = None) -> state.Entry:
+    """The ledger's entry of a machine that is to be made.
+
+    `cloned_from` is the UUID of the machine whose clone it is.
+    """
     identity = str(uuids.uuid4())
     # A hypervisor that is shared with others may have a lab of that name already.
     domain = f"labkit.{lab}.{spec.name}" if not uri else f"labkit.{lab}.{spec.name}.{identity[:8]}"
@@ -648,5 +666,5 @@ def new_entry(lab: str, spec: VMSpec, uri: str) -> Entry:
         name=spec.name,
         uuid=identity,
         uri=uri,
-        data={"domain": domain, "spec": spec.model_dump(mode="json")},
+        data={"domain": domain, "spec": spec.model_dump(mode="json"), "cloned_from": cloned_from},
     )

@@ -167,7 +167,7 @@ def overlay(image: Image, directory: Path, size: str | None = None) -> tuple[str
     path = directory / "disk.qcow2"
     argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-b", str(image.disk), "-F", "qcow2", str(path)]
     subprocess.run([*argv, *([size] if size else [])], check=True)
-    return ("-drive", f"if=none,id=disk,file={path}", "-device", "virtio-blk-pci,drive=disk,bootindex=0")
+    return ("-drive", f"if=none,id=disk,file={path}", "-device", "virtio-blk-pci,drive=disk")
 
 
 # --- pocket --------------------------------------------------------------------------------------

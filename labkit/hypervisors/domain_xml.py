@@ -144,8 +144,9 @@ def _devices(domain: Any, plan: Plan) -> None:
         _channel(devices, port + 1, f"org.labkit.{port}", plan.sockets and plan.sockets / f"{port}.sock")
     _channel(devices, PORTS + 1, "org.qemu.guest_agent.0", plan.sockets and plan.sockets / "agent.sock")
     _add(_add(devices, "video"), "model", type="vga" if plan.image.arch == "x86_64" else "virtio")
-    # autodeflate: a guest that is squeezed too hard takes memory back rather than dying.
-    _add(devices, "memballoon", model="virtio", autodeflate="on")
+    # Without autodeflate, though a guest that is squeezed too hard dies then: with it Linux would hide from
+    # its people (free, MemTotal) that it has less. Lab's resize keeps within bounds.
+    _add(devices, "memballoon", model="virtio")
     _add(_add(devices, "rng", model="virtio"), "backend", "/dev/urandom", model="random")
     if plan.image.arch == "x86_64":
         _add(devices, "panic", model="isa")

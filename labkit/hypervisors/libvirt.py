@@ -18,7 +18,7 @@ import libvirt
 import libvirt_qemu
 from lxml import etree
 
-from labkit.errors import Conflict, HypervisorError, LabkitError, NotFound, NotRunning
+from labkit.errors import Conflict, HostError, HypervisorError, LabkitError, NotFound, NotRunning
 from labkit.hypervisors import accelerator, daemon, domain_xml
 from labkit.hypervisors.hypervisor import Plan, SnapshotInfo, State
 from labkit.hypervisors.streams import as_socket
@@ -86,6 +86,13 @@ def _open(uri: str, *, again: bool = True) -> Any:
     except libvirt.libvirtError as exc:
         if again and not uri:  # the daemon may have ended in this very moment, having been idle
             return _open(uri, again=False)
+        if "Failed to find user record" in str(exc) or "Failed to find group record" in str(exc):
+            raise HostError(
+                "libvirt serves only users that /etc/passwd and /etc/group have an entry for.",
+                evidence=str(exc),
+                mend=f"As root: echo 'learner:x:{os.getuid()}:{os.getgid()}::{os.environ.get('HOME', '/')}:"
+                f"/bin/sh' >> /etc/passwd; echo 'learner:x:{os.getgid()}:' >> /etc/group",
+            ) from exc
         raise HypervisorError(
             "The hypervisor cannot be reached.",
             command=f"libvirt.open({uri!r})",

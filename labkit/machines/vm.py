@@ -263,7 +263,7 @@ class VM(BaseMachine):
         the `max_memory` and `max_cpus` that the machine was made with.
 
         Raises:
-            SpecError: it is more than the machine's maximum.
+            SpecError: it is more than the machine's maximum, or less memory than its guest can live with.
         """
         self._check_there()
         before = self.spec
@@ -273,6 +273,7 @@ class VM(BaseMachine):
             changes["max_memory"] = before.max_memory or before.memory
             changes["memory"] = parse_size(memory)
             self._check_most("memory", changes["memory"], changes["max_memory"], format_size)
+            self._check_least(changes["memory"])
         if cpus is not None:
             changes["cpus"] = cpus
             if isinstance(cpus, int):
@@ -499,6 +500,15 @@ class VM(BaseMachine):
 
     def _gone(self) -> NotFound:
         return NotFound(f"There is no machine {self.name} in the lab {self.lab} any more.", mend=_MAKE_AGAIN)
+
+    def _check_least(self, memory: int) -> None:
+        """A guest whose memory is taken away below what it needs panics."""
+        least = min(self._image.memory, self.asked.memory)
+        if memory < least:
+            raise SpecError(
+                f"{self.name} cannot live with {format_size(memory)} of memory.",
+                mend=f"Leave it {format_size(least)} at least.",
+            )
 
     def _check_most(self, what: str, wanted: int, most: int, shown: Callable[[int], str]) -> None:
         if wanted > most:

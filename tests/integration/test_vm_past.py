@@ -150,13 +150,6 @@ def test_memory_changes_while_it_runs_and_stays_changed(vm: VM, eventually: Even
     vm.resize(memory="128 MiB")
 
 
-def test_a_guest_that_is_squeezed_too_hard_lives(vm: VM) -> None:
-    vm.resize(memory="64 MiB")
-    time.sleep(2)  # while the balloon grows as far as it can
-    assert vm.run("echo alive", timeout=120).stdout == "alive\n"
-    vm.resize(memory="128 MiB")
-
-
 @pytest.mark.parametrize(
     ("change", "mend"),
     [
@@ -164,6 +157,7 @@ def test_a_guest_that_is_squeezed_too_hard_lives(vm: VM) -> None:
         ({"cpus": 5}, "max_cpus"),
         ({"memory": "10 TiB"}, "max_memory"),
         ({"memory": 0}, "MiB"),
+        ({"memory": "64 MiB"}, "128 MiB at least"),  # its kernel would panic
         ({"cpus": 0}, "1 to"),
         ({"cpus": "two"}, "1 to"),
         ({"memory": "lots"}, "MiB"),

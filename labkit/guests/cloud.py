@@ -24,6 +24,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from labkit import paths
 from labkit.errors import DownloadError, HostError, SpecError
 from labkit.guests import data
+from labkit.guests.agent_build import build_agent
 from labkit.guests.download import check_form, download_path, fetch, resolve_checksum
 from labkit.guests.image import Image
 from labkit.guests.initramfs import CONSOLES
@@ -64,7 +65,7 @@ class CloudImage(BaseModel):
     memory: Annotated[int, BeforeValidator(parse_size)]
     disk: Annotated[int, BeforeValidator(parse_size)]
     firmware: Annotated[tuple[Literal["bios", "uefi"], ...], Field(min_length=1)] = ("bios",)
-    channel: Literal["agent", "none"] = "agent"
+    channel: Literal["labkit", "agent", "none"] = "labkit"
     cloud_init: bool = True
 
 
@@ -227,7 +228,7 @@ def seed_iso(
     """Write a cloud-init seed: an ISO 9660 image with the label CIDATA, to be attached as a CD or disk.
 
     On its first boot with it, the image takes the host name, makes the user (who may use sudo without a
-    password), brings its network up by DHCP, and starts qemu-guest-agent, installed first if it has none.
+    password), brings its network up by DHCP, and gets labkit's agent, which the seed brings along.
 
     Arguments:
         path: where the ISO goes; readable by its owner only, as it may hold a password.
@@ -241,6 +242,7 @@ def seed_iso(
 
     Raises:
         SpecError: a name cannot be one.
+        HostError: there is no C compiler to make the agent.
     """
     import pycdlib
 
@@ -252,19 +254,23 @@ def seed_iso(
     iso = pycdlib.PyCdlib()
     iso.new(interchange_level=3, joliet=3, rock_ridge="1.09", vol_ident="CIDATA")
     files = {
-        "meta-data": {"instance-id": instance_id, "local-hostname": hostname},
-        "user-data": _user_data(hostname, user, shell, ssh_keys, password, packages),
-        "network-config": _network_config(),
+        "meta-data": _yaml({"instance-id": instance_id, "local-hostname": hostname}),
+        "user-data": b"#cloud-config\n"
+        + _yaml(_user_data(hostname, user, shell, ssh_keys, password, packages)),
+        "network-config": _yaml(_network_config()),
+        "labkit-agent": build_agent(),
     }
     for number, (name, content) in enumerate(files.items()):
-        text = ("#cloud-config\n" if name == "user-data" else "") + yaml.safe_dump(content, sort_keys=False)
-        encoded = text.encode()
-        iso.add_fp(BytesIO(encoded), len(encoded), f"/FILE{number}.;1", rr_name=name, joliet_path=f"/{name}")
+        iso.add_fp(BytesIO(content), len(content), f"/FILE{number}.;1", rr_name=name, joliet_path=f"/{name}")
     fresh = path.with_name(path.name + ".new")
     with open(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as out:
         iso.write_fp(out)
     iso.close()
     fresh.replace(path)
+
+
+def _yaml(content: Mapping[str, Any]) -> bytes:
+    return yaml.safe_dump(dict(content), sort_keys=False).encode()
 
 
 def _user_data(

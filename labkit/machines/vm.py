@@ -221,7 +221,7 @@ class VM(BaseMachine):
         on_output: OnOutput | None,
         keep: bool,
     ) -> Completed:
-        channel = self._agent() if self._image.channel == "agent" else self._connected()
+        channel = self._channel()
         try:
             result = channel.run(
                 argv, input=input, timeout=timeout, cwd=cwd, env=env, on_output=on_output, keep=keep
@@ -533,6 +533,23 @@ class VM(BaseMachine):
             self._check()  # says it better, where it knows
             raise
 
+    def _channel(self) -> Pool | AgentChannel:
+        """The way by which commands reach it.
+
+        Raises:
+            NotRunning: nothing in its image answers.
+        """
+        match self._image.channel:
+            case "labkit":
+                return self._connected()
+            case "agent":
+                return self._agent()
+            case "none":
+                raise NotRunning(
+                    f"Nothing in the image {self._image.name} takes commands from the host.",
+                    mend=f"Log in at its console: labkit console {self.lab}/{self.name}",
+                )
+
     def _agent(self) -> AgentChannel:
         return AgentChannel(
             lambda command, timeout: self._hypervisor.agent_call(self.uuid, command, timeout),
@@ -590,8 +607,10 @@ class VM(BaseMachine):
         return "\n".join(said[max(0, at[-1] - 2) :][:lines] if at else said[-lines:])
 
     def _wait_ready(self, timeout: float) -> None:
+        if self._image.channel == "none":
+            return  # nobody in it can say that it is up
         deadline = time.monotonic() + timeout
-        channel = self._agent() if self._image.channel == "agent" else self._connected()
+        channel = self._channel()
         try:
             channel.hello(deadline)
         except CommandTimeout as exc:

@@ -184,11 +184,11 @@ def _read_seed(path: Path) -> dict[str, str]:
     iso.open(str(path))
     assert iso.pvd.volume_identifier.decode().strip() == "CIDATA"
     files = {}
-    for name in ("meta-data", "user-data", "network-config"):
+    for name in ("meta-data", "user-data", "network-config", "labkit-agent"):
         for facade in (iso.get_rock_ridge_facade(), iso.get_joliet_facade()):
             out = BytesIO()
             facade.get_file_from_iso_fp(out, f"/{name}")
-            files[name] = out.getvalue().decode()
+            files[name] = out.getvalue().decode(errors="replace")
     iso.close()
     return files
 
@@ -209,7 +209,8 @@ def test_a_seed_says_what_cloud_init_is_to_do(tmp_path: Path) -> None:
     assert (user["name"], user["plain_text_passwd"], user["lock_passwd"]) == ("learner", "s: 'x'", False)
     assert user["ssh_authorized_keys"] == [key]
     assert wanted["packages"] == ["nginx"]
-    assert "qemu-guest-agent" in wanted["runcmd"][0][2]
+    assert "labkit-agent" in wanted["runcmd"][0][2]
+    assert files["labkit-agent"].startswith("\x7fELF")
     assert yaml.safe_load(files["network-config"])["version"] == 2
 
 

@@ -136,6 +136,7 @@ def test_a_snapshot_with_plugged_in_cpus_can_be_gone_back_to(vm: VM) -> None:
 
 
 def test_memory_changes_while_it_runs_and_stays_changed(vm: VM, eventually: Eventually) -> None:
+    vm.destroy().start()
     # The guest's balloon driver comes to it some time after the start.
     eventually(lambda: memory(vm) < 110, within=30)
     vm.resize(memory="256 MiB")

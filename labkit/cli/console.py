@@ -29,9 +29,9 @@ def attach(vm: VM) -> None:
     console = vm.open_console()
     terminal = sys.stdin.fileno()
     before = termios.tcgetattr(terminal)
-    print(f"Connected to {vm.name}; Ctrl-] leaves, Enter shows a prompt.", file=sys.stderr)
     try:
-        tty.setraw(terminal)
+        tty.setraw(terminal)  # throws away what was typed before it, so it is said afterwards
+        print(f"Connected to {vm.name}; Ctrl-] leaves, Enter shows a prompt.\r", file=sys.stderr)
         _join(terminal, console)
     finally:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)

@@ -275,8 +275,8 @@ print(vm.run("cat /proc/partitions").stdout)
 # it is a disk. Now step outside, and look at the same machine as your computer sees it.
 
 # %% tags=["nbval-ignore-output"]
-pid = host.run(["pgrep", "-f", vm.uuid]).stdout.split()[0]
-print(host.run(["ps", "-o", "pid,user,nlwp,rss,etime,comm", "-p", pid]).stdout)
+pid = vm.pid
+print(host.run(f"ps -o pid,user,nlwp,rss,etime,comm -p {pid}").stdout)
 
 # %% [markdown]
 # One line. All of it, kernel, programs and disk driver, is **one ordinary process** of the host, as the map
@@ -494,11 +494,8 @@ print(vm.run("cat /data/diary.txt; hostname").stdout)
 # %%
 the_original_says = "?"
 
-# %% [markdown]
-# (`lab.vms` are the machines that there are; the `or` makes the clone only once.)
-
 # %%
-test_vm = lab.vms.get("TestVM") or vm.clone("TestVM")
+test_vm = vm.clone("TestVM")
 test_vm.start()
 test_vm.run("echo 'Then I tried something.' >> /data/diary.txt")
 
@@ -654,7 +651,7 @@ lab
 # 1. Make a machine `small` with the least memory that labkit accepts, start it, and find out with `free -m`
 #    how much is left. What happens when you ask for less?
 # 2. Make a machine with two processors. Show it from inside (`nproc`) and from outside (the threads).
-# 3. Start a machine and kill its QEMU process from the host: `host.run(["kill", pid])`. What does `vm.state`
+# 3. Start a machine and kill its QEMU process from the host: `host.run(f"kill {vm.pid}")`. What does `vm.state`
 #    say? What does `vm.run("true")` say? Bring it back, and look at whether its disk is intact.
 # 4. Take two snapshots with a change between them. Revert to the *older*, then to the *newer* one. Is that
 #    possible?

@@ -44,7 +44,7 @@ kernel_transport() {
   local folder
   folder=$("$python" -c 'from jupyter_core.paths import jupyter_runtime_dir; print(jupyter_runtime_dir())')
   if ((${#folder} > 56)); then folder=/tmp/labkit-jupyter-$EUID; fi
-  mkdir -p -m 700 "$folder"
+  (umask 077 && mkdir -p "$folder")
   [[ -O $folder ]] || die "$folder is not a folder of yours." 'remove it, or set JUPYTER_RUNTIME_DIR.'
   export JUPYTER_RUNTIME_DIR=$folder
 }
@@ -52,10 +52,12 @@ kernel_transport() {
 # JupyterLab shows the stored output of notebooks that it does not trust without their styles. These are the
 # course's own, in the checkout whose code is about to run.
 trust_the_course() {
-  [[ -z $(find "$root/notebooks" -maxdepth 1 -name '*.ipynb' -newer "$venv/.trust-stamp" 2>&1 -print -quit) ]] || {
-    "$venv/bin/jupyter" trust "$root"/notebooks/*.ipynb >/dev/null 2>&1 || true
-    touch "$venv/.trust-stamp"
-  }
+  local stamp=$venv/.trust-stamp
+  if [[ -e $stamp && -z $(find "$root/notebooks" -maxdepth 1 -name '*.ipynb' -newer "$stamp" -print -quit) ]]; then
+    return
+  fi
+  "$venv/bin/jupyter" trust "$root"/notebooks/*.ipynb >/dev/null 2>&1 || true
+  touch "$stamp"
 }
 
 serve() { # serve PORT-OR-NOTHING

@@ -10,7 +10,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
 
@@ -72,12 +72,13 @@ def connect(uri: str = "") -> LibvirtHypervisor:
     Raises:
         HypervisorError: it cannot be reached; with libvirt's own words.
     """
+    key = uri or str(daemon.socket_path())  # each LABKIT_HOME has a daemon of its own
     with _connecting:
-        kept = _connections.get(uri)
+        kept = _connections.get(key)
         if kept and kept.usable():
             return kept
-        _connections[uri] = LibvirtHypervisor(uri, _open(uri))
-        return _connections[uri]
+        _connections[key] = LibvirtHypervisor(uri, _open(uri))
+        return _connections[key]
 
 
 def _open(uri: str, *, again: bool = True) -> Any:
@@ -129,6 +130,16 @@ def _error(what: str, uuid: str, exc: Any) -> LabkitError:
         command=f"{what}({uuid})",
         evidence=str(exc),
     )
+
+
+@contextlib.contextmanager
+def _gone_meanwhile() -> Iterator[None]:
+    """Another may remove a machine at any time."""
+    try:
+        yield
+    except libvirt.libvirtError as exc:
+        if exc.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN:
+            raise
 
 
 class LibvirtHypervisor:
@@ -185,11 +196,15 @@ class LibvirtHypervisor:
 
     def labelled(self) -> list[tuple[str, str, str]]:
         """The machines there that carry a lab's label: identity, name there and lab of each."""
+        found = []
         try:
-            found = [(d.UUIDString(), d.name(), d.XMLDesc()) for d in self._connection.listAllDomains()]
+            for domain in self._connection.listAllDomains():
+                with _gone_meanwhile():
+                    if lab := domain_xml.label_of(domain.XMLDesc()):
+                        found.append((domain.UUIDString(), domain.name(), lab))
         except libvirt.libvirtError as exc:
             raise _error("list", "all", exc) from exc
-        return [(uuid, name, lab) for uuid, name, xml in found if (lab := domain_xml.label_of(xml))]
+        return found
 
     def state(self, uuid: str) -> State:
         try:

@@ -102,8 +102,12 @@ def test_ten_seconds_after_a_kill_nothing_of_three_machines_is_left(
     eventually(lambda: nothing_left(home), within=10)
     assert ls(home) == []
     eventually(lambda: not reapers(home), within=10)
-    # The daemon ends by itself, too, with everything else of the kit.
-    eventually(lambda: not processes(home), within=daemon.IDLE + 30)
+
+
+@pytest.mark.soak  # it waits for the daemon's idle time
+def test_every_process_of_a_kit_ends_by_itself(home: Path, program: Program, eventually: Eventually) -> None:
+    program("labkit.Lab('owned').vm('web').start()").kill()
+    eventually(lambda: not processes(home), within=daemon.IDLE + 60)
 
 
 def test_a_program_that_just_ends_is_reaped_too(home: Path, eventually: Eventually) -> None:

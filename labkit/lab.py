@@ -113,6 +113,8 @@ class Lab:
             Conflict: a VM of this name is there and differs; the error says in what.
         """
         self._check_open()
+        if self._owner.kind != "explicit":
+            reaper.ensure()  # somebody may have killed it since
         asked: dict[str, Any] = {
             "name": name,
             "image": image,

@@ -102,10 +102,10 @@ def _mortal() -> list[tuple[str, Owner]]:
 
 
 def _reap(name: str, owner: Owner) -> None:
-    from labkit import lab  # heavy: only where there is something to do
-
     _log.info("removing the lab %s of %s", name, owner.describe())
     try:
+        from labkit import lab  # heavy: only where there is something to do
+
         lab.remove(name, only_of=owner)
     except Exception:  # noqa: BLE001  # whatever it is, the other labs still have their reaper
         _log.exception("the lab %s could not be removed; trying again", name)

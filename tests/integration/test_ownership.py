@@ -141,6 +141,16 @@ def test_a_killed_reaper_is_replaced_by_the_next_look(
     eventually(lambda: nothing_left(home), within=10)
 
 
+def test_a_killed_reaper_is_replaced_by_the_next_machine(home: Path, eventually: Eventually) -> None:
+    with Lab("own") as lab:
+        (first,) = eventually(lambda: reapers(home))
+        first.kill()
+        first.wait()
+        lab.vm("web")
+        (second,) = eventually(lambda: reapers(home))
+    assert first.pid != second.pid
+
+
 def test_a_reaper_killed_at_its_work_is_replaced_by_the_next_lab(
     home: Path, program: Program, eventually: Eventually
 ) -> None:
@@ -150,6 +160,7 @@ def test_a_reaper_killed_at_its_work_is_replaced_by_the_next_lab(
     eventually(lambda: len(processes(home, "qemu-system")) < 3)
     for reaper in reapers(home):
         reaper.kill()
+        reaper.wait()
     with Lab("next"):
         eventually(lambda: state.lab_names() == ["next"], within=10)
     eventually(lambda: nothing_left(home), within=10)

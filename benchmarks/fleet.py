@@ -46,7 +46,8 @@ def main(rounds: int = 5) -> None:
             taken["bare_alone"].append(bare(1) * share)
             taken["bare"].append(bare(COUNT))
             say(
-                f"{number}/{rounds}: {COUNT} VMs {taken['together'][-1]:.2f} s against {taken['alone'][-1]:.2f} s; "
+                f"{number}/{rounds}: {COUNT} VMs {taken['together'][-1]:.2f} s "
+                f"against {taken['alone'][-1]:.2f} s; "
                 f"QEMU alone {taken['bare'][-1]:.2f} s against {taken['bare_alone'][-1]:.2f} s"
             )
         emit(

@@ -128,6 +128,10 @@ def _is_worker(config: pytest.Config) -> bool:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        # A shell starts what it puts in the background so, and children inherit it; tests that interrupt
+        # a program need one that can be interrupted.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     if _is_worker(config):
         home = Path(os.environ["LABKIT_TEST_BASE"]) / config.workerinput["workerid"]  # type: ignore[attr-defined]
         home.mkdir(mode=0o700, exist_ok=True)

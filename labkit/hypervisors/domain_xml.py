@@ -13,6 +13,9 @@ from labkit.hypervisors.hypervisor import PORTS, Plan
 #: The namespace of labkit's label in a domain's metadata.
 NAMESPACE = "https://labkit.invalid/xmlns/label/1"
 
+#: The seed's place is behind all the disks that a machine may have.
+_SEED_TARGET = "vdz"
+
 _UEFI = {
     "x86_64": (
         ("/usr/share/OVMF/OVMF_CODE_4M.fd", "/usr/share/OVMF/OVMF_VARS_4M.fd"),
@@ -131,10 +134,11 @@ def _devices(domain: Any, plan: Plan) -> None:
         _add(element, "source", file=path)
         _add(element, "target", dev=disk_target(index), bus="virtio")
     if plan.seed:
-        element = _add(devices, "disk", type="file", device="cdrom")
+        # A virtio disk rather than a CD: clouds' kernels may have no driver for IDE or SATA.
+        element = _add(devices, "disk", type="file", device="disk")
         _add(element, "driver", name="qemu", type="raw")
         _add(element, "source", file=plan.seed)
-        _add(element, "target", dev="sda", bus="sata" if plan.spec.machine == "q35" else "ide")
+        _add(element, "target", dev=_SEED_TARGET, bus="virtio")
         _add(element, "readonly")
     serial = _add(devices, "serial", type="pty")
     _add(serial, "log", file=plan.console_log, append="off")

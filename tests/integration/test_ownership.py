@@ -53,9 +53,9 @@ def processes(home: Path, what: str = "") -> list[str]:
 def reapers(home: Path) -> list[psutil.Process]:
     return [
         each
-        for each in psutil.process_iter(["cmdline"])
+        for each in psutil.process_iter(["cmdline", "environ"])
         if (each.info["cmdline"] or [])[-1:] == ["labkit.reaper"]
-        and each.environ().get("LABKIT_HOME") == str(home)
+        and (each.info["environ"] or {}).get("LABKIT_HOME") == str(home)
     ]
 
 

@@ -133,3 +133,10 @@ def test_a_way_to_boot_that_the_image_has_not_is_a_spec_error() -> None:
 
 def test_the_guest_is_told_its_name() -> None:
     assert tree().findtext("sysinfo/system/entry") == "labkit:web"
+
+
+def test_a_seed_is_a_read_only_disk_behind_the_machines_own() -> None:
+    disks = tree(seed="/d/seed.iso").findall("devices/disk")
+    assert [disk.find("target").get("dev") for disk in disks] == ["vda", "vdz"]
+    assert disks[1].find("source").get("file") == "/d/seed.iso"
+    assert disks[1].find("readonly") is not None

@@ -151,7 +151,11 @@ except KeyboardInterrupt:
     [
         ("lab.vm('web').start(); lab.vm('web').run('sleep 60')", 0.9),
         pytest.param("lab.start(*[lab.vm(f'n{n}') for n in range(3)])", 1.5, marks=pytest.mark.soak),
-        ("vm = lab.vm('web').start()\n        while True: vm.clone('c').delete()", 8),
+        pytest.param(
+            "vm = lab.vm('web').start()\n        while True: vm.clone('c').delete()",
+            8,
+            marks=pytest.mark.soak,
+        ),
         ("while True: lab.vm('web').delete()", 1),
     ],
     ids=["start", "start-three", "clone", "make"],

@@ -151,6 +151,7 @@ def test_a_killed_reaper_is_replaced_by_the_next_machine(home: Path, eventually:
     assert first.pid != second.pid
 
 
+@pytest.mark.soak
 def test_a_reaper_killed_at_its_work_is_replaced_by_the_next_lab(
     home: Path, program: Program, eventually: Eventually
 ) -> None:

@@ -316,6 +316,7 @@ def test_a_daemon_killed_during_a_command_does_not_end_it(vm: VM) -> None:
     assert killed
 
 
+@pytest.mark.soak
 def test_a_daemon_killed_while_machines_start_costs_no_machine(lab: Lab, eventually: Eventually) -> None:
     vms = [lab.vm(f"many{n}") for n in range(3)]
     killer = threading.Timer(0.4, lambda: os.kill(daemon_pid(), signal.SIGKILL))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -38,6 +39,16 @@ def main_job(home: Path, *before: str, **environment: str) -> subprocess.Complet
         env={**os.environ, "LABKIT_HOME": str(home), **environment},
         check=True,
     )
+    # Of a long home the sockets are in /tmp, and stay there for the next time.
+    where = "from labkit import paths; print(paths.runtime_dir())"
+    runtime = subprocess.run(
+        [sys.executable, "-c", where],
+        env={**os.environ, "LABKIT_HOME": str(home)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    shutil.rmtree(runtime)
     return done
 
 

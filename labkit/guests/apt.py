@@ -13,7 +13,7 @@ import shutil
 import subprocess
 import tarfile
 import urllib.parse
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -269,11 +269,6 @@ def _entry(archive: tarfile.TarFile, member: tarfile.TarInfo) -> Entry | None:
         return Entry(b"", member.mode, member.linkname)
     file = archive.extractfile(member)
     return Entry(file.read(), member.mode) if file else None
-
-
-def describe_versions(packages: Mapping[str, str]) -> str:
-    """Package versions in one line: "linux-image-cloud 6.1.192-2, busybox-static 1.35.0-4"."""
-    return ", ".join(f"{name} {version}" for name, version in packages.items())
 
 
 def _options() -> list[str]:

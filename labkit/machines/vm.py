@@ -482,8 +482,12 @@ class VM(BaseMachine):
         self._entry.forget()
 
     def _is_last(self) -> bool:
-        """Whether no other machine of this kit is at the same hypervisor."""
-        entries = (entry for lab in state.lab_names() for entry in state.lab(lab).entries("vm"))
+        """Whether no other machine of this kit is at the same hypervisor, where that is not labkit's own."""
+        if not self._entry.uri:
+            return False  # nothing is shared there, so the ledger need not be read
+        # Labs may go meanwhile, by other processes.
+        records = (record for lab in state.lab_names() if (record := state.peek(lab)))
+        entries = (entry for record in records for entry in record.entries("vm"))
         return not any(entry.uri == self._entry.uri and entry.uuid != self.uuid for entry in entries)
 
     def _update(self, **data: Any) -> None:

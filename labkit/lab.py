@@ -15,6 +15,7 @@ import psutil
 from labkit import guests, owners, reaper, state
 from labkit.errors import Conflict, LabkitError, NotFound, SpecError
 from labkit.hypervisors import daemon, libvirt
+from labkit.hypervisors.connections import connect
 from labkit.machines.vm import VM, new_entry, remove_sockets
 from labkit.specs import DiskSpec, VMSpec, check_name, format_size
 
@@ -221,7 +222,7 @@ class Lab:
         with state.locked(self.name):
             entry = state.lab(self.name).find("vm", spec.name)
             if entry is None:
-                libvirt.connect(self.uri)  # nothing is written down that could not be made
+                connect(self.uri)  # nothing is written down that could not be made
                 entry = new_entry(self.name, spec, self.uri).save()
                 made = VM(entry)
                 try:

@@ -33,7 +33,8 @@ from labkit.errors import (
 )
 from labkit.guests import cloud
 from labkit.guests.image import Image
-from labkit.hypervisors import accelerator, libvirt
+from labkit.hypervisors import accelerator
+from labkit.hypervisors.connections import connect
 from labkit.hypervisors.hypervisor import PORTS, Hypervisor, Plan, SnapshotInfo, State
 from labkit.machines.base import BaseMachine
 from labkit.machines.machine import Completed, OnOutput
@@ -378,10 +379,9 @@ class VM(BaseMachine):
                 )
             clone = VM(new_entry(self.lab, spec, self._entry.uri, cloned_from=self.uuid).save())
             try:
-                with self._still():
-                    ours, theirs = self._files, clone._files
-                    for disk in self._disks():
-                        theirs.copy(disk, ours.path(disk))
+                with self.frozen() as disks:
+                    for name, disk in zip(clone._disks(), disks, strict=True):
+                        clone._files.copy(name, disk)
                 clone.make()
             except BaseException:
                 clone.remove()
@@ -392,7 +392,7 @@ class VM(BaseMachine):
 
     @property
     def _hypervisor(self) -> Hypervisor:
-        return libvirt.connect(self._entry.uri)
+        return connect(self._entry.uri)
 
     @property
     def _image(self) -> Image:
@@ -634,6 +634,15 @@ class VM(BaseMachine):
         """After time travel: the guest's clock is set and its random numbers are made to differ."""
         if self._image.channel == "labkit":
             self._connected().refresh(os.urandom(64), time.time_ns())
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[list[str]]:
+        """The paths of its disks as they are at this instant, whole and unchanging within the block.
+
+        Readers of a running machine's disks take `qemu-img`'s -U. The order is the spec's.
+        """
+        with self._still():
+            yield [self._files.path(disk) for disk in self._disks()]
 
     @contextlib.contextmanager
     def _still(self) -> Iterator[None]:
